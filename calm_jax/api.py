@@ -1,0 +1,247 @@
+"""The Python interface: load models, compose them, use them, save Theta_C."""
+
+from collections.abc import Mapping, Sequence
+import functools
+import pathlib
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from calm_jax import assembly, decoding, metrics, run_files, sharding, trees
+from calm_jax.array_types import Array, Params
+from calm_jax.connections import CompositionConfig, LayerMapping
+from calm_jax.models import pretrained
+from calm_jax.models.config import TransformerConfig
+from calm_jax.models.pretrained import ModelSpec
+from calm_jax.vocabularies import Vocabulary
+
+
+class Model:
+  """A model with its weights and vocabulary: one decoder, or composed.
+
+  Attributes:
+    composed: the `ComposedLM` that computes (of an anchor alone, if single).
+    params: nested parameters of `composed`, on the mesh.
+    spec: description of the anchor.
+    fingerprints: SHA-256 of each frozen model by name.
+    augmenting: the augmenting `Model`s by name.
+    mesh: where the parameters are.
+  """
+
+  def __init__(
+    self,
+    composed: Any,
+    params: Params,
+    *,
+    spec: ModelSpec,
+    fingerprints: Mapping[str, str],
+    mesh: Mesh,
+    augmenting: Mapping[str, 'Model'] | None = None,
+  ):
+    self.composed = composed
+    self.params = params
+    self.spec = spec
+    self.fingerprints = dict(fingerprints)
+    self.mesh = mesh
+    self.augmenting = dict(augmenting or {})
+    self._forward = jax.jit(composed.__call__)
+    self._generate = functools.cache(self._make_generate)  # by length
+
+  @property
+  def config(self) -> TransformerConfig:
+    """The configuration of the model, or of the anchor if composed."""
+    return self.spec.config
+
+  @property
+  def vocabulary(self) -> Vocabulary:
+    """The vocabulary; a composed model shares its anchor's."""
+    return self.spec.vocabulary
+
+  @property
+  def fingerprint(self) -> str:
+    """SHA-256 of the (anchor's) checkpoint and vocabulary."""
+    return self.fingerprints['anchor']
+
+  def logits(self, tokens_BT: Any) -> Array:
+    """Returns the logits [B, T, V] of whole sequences without padding."""
+    tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
+    if tokens_BT.ndim != 2:
+      raise ValueError(
+        f'tokens has the shape {tokens_BT.shape}; expected [batch, length].'
+      )
+    positions_BT = jnp.broadcast_to(
+      jnp.arange(tokens_BT.shape[1]), tokens_BT.shape
+    )
+    batch = {
+      'decoder_input_tokens': tokens_BT,
+      'decoder_positions': positions_BT,
+      'decoder_segment_ids': jnp.ones_like(tokens_BT),
+    }
+    return self._forward(self.params, batch)
+
+  def generate(
+    self,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int | None = None,
+  ) -> list[str]:
+    """Continues texts greedily, up to EOS or `max_new_tokens`.
+
+    Args:
+      prompts: texts of any lengths.
+      max_new_tokens: at most so many tokens each.
+      batch_size: rows decoded at once; all of them if None.
+
+    Returns:
+      The continuations, without the prompts, in order.
+    """
+    if isinstance(prompts, str):
+      raise ValueError('prompts is one text; give a list of texts.')
+    if not prompts:
+      return []
+    bos = [] if self.vocabulary.bos_id is None else [self.vocabulary.bos_id]
+    ids = [bos + row for row in self.vocabulary.encode_batch(list(prompts))]
+    new_ids = self._generate(max_new_tokens)(
+      self.params,
+      ids,
+      batch_size=batch_size or len(ids),
+      pad_id=self.vocabulary.pad_id,
+    )
+    return [self.vocabulary.decode(row) for row in new_ids]
+
+  def _make_generate(self, max_new_tokens: int):
+    return decoding.make_generate(
+      self.composed,
+      max_new_tokens=max_new_tokens,
+      eos_id=self.vocabulary.eos_id,
+    )
+
+  def describe(self) -> str:
+    """Returns the connections, and how much is trained of how much."""
+    trainable = 'composition' if self.composed.connections else 'anchor'
+    return '\n'.join(
+      [
+        metrics.connection_table(self.composed),
+        metrics.parameter_report(self.params, trainable=trainable),
+      ]
+    )
+
+  def save(self, directory: str | pathlib.Path) -> None:
+    """Writes calm_config.json and composition.safetensors, nothing frozen."""
+    if not self.composed.connections:
+      raise ValueError(
+        'This model has no composition; there is nothing to save.'
+      )
+    directory = pathlib.Path(directory)
+    run_files.write_config(directory, self.composed, self.fingerprints)
+    run_files.write_composition(directory, self.params['composition'])
+
+
+def load_pretrained(
+  path: str | pathlib.Path,
+  *,
+  dtype: str | None = None,
+  param_dtype: str | None = None,
+  mesh: Mesh | None = None,
+) -> Model:
+  """Loads a model directory.
+
+  Args:
+    path: a directory with config.json, model.safetensors and tokenizer.json.
+    dtype: dtype of the computation, instead of the directory's.
+    param_dtype: dtype the weights are kept in.
+    mesh: where to put them; all devices along `data` if None.
+  """
+  spec = pretrained.pretrained_model(path, dtype=dtype, param_dtype=param_dtype)
+  return from_spec(spec, mesh=mesh)
+
+
+def from_spec(
+  spec: ModelSpec, *, mesh: Mesh | None = None, seed: int = 0
+) -> Model:
+  """Loads or initialises one described model."""
+  mesh = mesh or sharding.make_mesh()
+  composed = assembly.build_model(spec)
+  loaded = assembly.load(spec, composed.anchor, mesh=mesh, seed=seed)
+  return Model(
+    composed,
+    {'anchor': loaded.params},
+    spec=spec,
+    fingerprints={'anchor': loaded.fingerprint},
+    mesh=mesh,
+  )
+
+
+def compose(
+  *,
+  anchor: Model,
+  augmenting: Mapping[str, Model],
+  mapping: LayerMapping,
+  seed: int = 0,
+  **settings: Any,
+) -> Model:
+  """Composes loaded models with a fresh composition; equal to the anchor.
+
+  Args:
+    anchor: the model that is extended.
+    augmenting: the models it reads, by name.
+    mapping: where the connections are.
+    seed: of the composition.
+    **settings: other fields of `CompositionConfig`.
+  """
+  config = CompositionConfig(mapping=mapping, **settings)
+  composed = assembly.build_model(
+    anchor.spec,
+    augmenting={name: model.spec for name, model in augmenting.items()},
+    composition=config,
+  )
+  boxed = jax.eval_shape(composed.init_composition, jax.random.key(seed))
+  init = jax.jit(
+    lambda key: nn.unbox(composed.init_composition(key)),
+    out_shardings=sharding.param_shardings(boxed, anchor.mesh),
+  )
+  return Model(
+    composed,
+    {
+      'anchor': anchor.params['anchor'],
+      'augmenting': {k: m.params['anchor'] for k, m in augmenting.items()},
+      'composition': init(jax.random.key(seed)),
+    },
+    spec=anchor.spec,
+    fingerprints={
+      'anchor': anchor.fingerprint,
+      **{name: model.fingerprint for name, model in augmenting.items()},
+    },
+    mesh=anchor.mesh,
+    augmenting=augmenting,
+  )
+
+
+def load_composition(
+  directory: str | pathlib.Path,
+  *,
+  anchor: Model,
+  augmenting: Mapping[str, Model],
+) -> Model:
+  """Attaches a saved composition to the models it was trained with.
+
+  Raises:
+    ValueError: if a fingerprint differs, or the tensors do not fit.
+  """
+  directory = pathlib.Path(directory).expanduser()
+  config, expected = run_files.read_config(directory)
+  actual = {'anchor': anchor.fingerprint}
+  actual |= {name: model.fingerprint for name, model in augmenting.items()}
+  run_files.check_fingerprints(expected, actual, where=directory)
+  model = compose(anchor=anchor, augmenting=augmenting, **vars(config))
+  tensors = run_files.read_composition(directory)
+  file = directory / run_files.WEIGHTS_FILE
+  fresh = model.params['composition']
+  trees.check_same_structure(fresh, tensors, what=str(file))
+  places = jax.tree.map(lambda x: x.sharding, fresh)
+  model.params['composition'] = assembly.place(tensors, places)
+  return model

@@ -1,0 +1,143 @@
+"""From model descriptions to a composed model with its weights on the mesh."""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any, Literal
+
+from flax import linen as nn
+import jax
+from jax.sharding import Mesh
+import numpy as np
+
+from calm_jax import sharding, trees
+from calm_jax.array_types import Params
+from calm_jax.composition import ComposedLM
+from calm_jax.connections import CompositionConfig
+from calm_jax.models import pretrained, transformer
+from calm_jax.models.pretrained import ModelSpec
+
+
+def build_model(
+  anchor: ModelSpec,
+  *,
+  augmenting: Mapping[str, ModelSpec] | None = None,
+  composition: CompositionConfig | None = None,
+  stack: Literal['loop', 'scan'] = 'loop',
+) -> ComposedLM:
+  """Builds the model; allocates nothing.
+
+  Raises:
+    ValueError: if the mapping does not fit the depths, or the vocabularies of
+      the models differ.
+  """
+  augmenting = augmenting or {}
+  if 'anchor' in augmenting:
+    raise ValueError("An augmenting model cannot be called 'anchor'.")
+  for name, spec in augmenting.items():
+    if spec.vocabulary.fingerprint() != anchor.vocabulary.fingerprint():
+      raise ValueError(
+        f'The augmenting model {name!r} has another vocabulary'
+        f' ({spec.vocabulary.size} words) than the anchor'
+        f' ({anchor.vocabulary.size} words). Both read the same token ids, so'
+        ' use models that share a tokenizer.'
+      )
+  return ComposedLM(
+    transformer.DecoderLM(anchor.config, stack=stack),
+    augmenting={
+      name: transformer.DecoderLM(spec.config, stack=stack)
+      for name, spec in augmenting.items()
+    },
+    composition=composition,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """One model's weights on the mesh, and where they come from.
+
+  Attributes:
+    params: nested parameters, sharded.
+    fingerprint: SHA-256 of the source checkpoint and its vocabulary.
+    origin: 'pretrained' or 'random', and the path or seed, for the report.
+  """
+
+  params: Params
+  fingerprint: str
+  origin: str
+
+
+def load(
+  spec: ModelSpec,
+  model: transformer.DecoderLM,
+  *,
+  mesh: Mesh,
+  seed: int = 0,
+) -> Loaded:
+  """Reads or initialises one model, straight into its final sharding.
+
+  Args:
+    spec: the description.
+    model: the module, with the cuts of the composed model.
+    mesh: the device mesh.
+    seed: of random weights.
+
+  Raises:
+    ValueError: if names or shapes in the directory are not the model's.
+  """
+  boxed = jax.eval_shape(model.init_params, jax.random.key(0))
+  places = sharding.param_shardings(boxed, mesh)
+  if spec.weights == 'random':
+    init = jax.jit(
+      lambda key: nn.unbox(model.init_params(key)), out_shardings=places
+    )
+    params = init(jax.random.key(seed))
+    fingerprint = trees.fingerprint(
+      trees.digests(jax.device_get(params)), spec.vocabulary.fingerprint()
+    )
+    return Loaded(params, fingerprint, f'random, seed {seed}')
+  tensors, fingerprint = pretrained.read_weights(spec.path)
+  loop = transformer.DecoderLM(spec.config)
+  wanted = nn.unbox(jax.eval_shape(loop.init_params, jax.random.key(0)))
+  trees.check_same_structure(wanted, tensors, what=str(spec.path))
+  if model.stack != 'loop':
+    tensors = transformer.restack(tensors, source=loop, target=model)
+  params = place(tensors, places, dtype=spec.config.param_dtype)
+  return Loaded(params, fingerprint, f'pretrained, {spec.path.name}')
+
+
+def place(tensors: Any, places: Any, *, dtype: str | None = None) -> Any:
+  """Puts host arrays on the mesh, each device taking its own part."""
+
+  def one(tensor, where):
+    tensor = np.asarray(tensor)
+    return jax.make_array_from_callback(
+      tensor.shape,
+      where,
+      lambda index: tensor[index].astype(dtype or tensor.dtype),
+    )
+
+  return jax.tree.map(one, tensors, places)
+
+
+def frozen_tree(loaded: Mapping[str, Loaded]) -> dict[str, Any]:
+  """Returns {'anchor': ..., 'augmenting': {name: ...}} of loaded models."""
+  tree = {'anchor': loaded['anchor'].params}
+  augmenting = {k: one.params for k, one in loaded.items() if k != 'anchor'}
+  return {**tree, 'augmenting': augmenting} if augmenting else tree
+
+
+def load_all(
+  model: ComposedLM,
+  anchor: ModelSpec,
+  augmenting: Mapping[str, ModelSpec],
+  *,
+  mesh: Mesh,
+  seed: int = 0,
+) -> dict[str, Loaded]:
+  """Loads the anchor and each augmenting model, by name ('anchor' is taken)."""
+  loaded = {'anchor': load(anchor, model.anchor, mesh=mesh, seed=seed)}
+  for i, (name, spec) in enumerate(sorted(augmenting.items())):
+    loaded[name] = load(
+      spec, model.augmenting[name], mesh=mesh, seed=seed + 1 + i
+    )
+  return loaded

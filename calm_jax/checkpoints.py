@@ -1,0 +1,153 @@
+"""Orbax checkpoints of what is trained, each with a manifest of hashes.
+
+Orbax commits a step atomically, but does not notice a flipped bit. So every
+step also holds the SHA-256 of each array, checked on restore; a step that fails
+is named, and the newest good one is taken instead.
+
+Restore order of a run: (1) the newest good step in MODEL_DIR/checkpoints,
+(2) a fresh state. Frozen weights always come from their own directories.
+"""
+
+from collections.abc import Callable
+import hashlib
+import json
+import logging
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from calm_jax import trees
+from calm_jax.train_state import TrainState
+
+# A damaged step shows itself through any of these, depending on what was hit.
+_DAMAGE = (ValueError, KeyError, TypeError, OSError, RuntimeError, EOFError)
+
+
+class Checkpoints:
+  """The checkpoints of one run, in MODEL_DIR/checkpoints/<step>."""
+
+  def __init__(self, directory: pathlib.Path, *, keep: int = 3):
+    """Opens or makes the directory.
+
+    Args:
+      directory: of this run alone.
+      keep: how many of the newest steps stay.
+    """
+    # Orbax logs every phase of every save at the level of warnings and info.
+    logging.getLogger('absl').setLevel(logging.ERROR)
+    self._directory = pathlib.Path(directory).absolute()
+    self._manager = ocp.CheckpointManager(
+      self._directory,
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep, enable_async_checkpointing=True
+      ),
+    )
+
+  def steps(self) -> list[int]:
+    """Lists the committed steps, oldest first."""
+    return sorted(self._manager.all_steps())
+
+  def save(self, state: TrainState, *, data_state: dict[str, Any]) -> None:
+    """Saves a step in the background.
+
+    Args:
+      state: on any mesh.
+      data_state: JSON-serialisable position of the data after this step.
+    """
+    step = int(state.step)
+    if step in self._manager.all_steps():
+      return
+    manifest = {'arrays': _digests(state), 'data': data_state, 'step': step}
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(trees.flatten(state)),
+        manifest=ocp.args.JsonSave(
+          {'manifest': manifest, 'sha256': _json_digest(manifest)}
+        ),
+      ),
+    )
+
+  def restore(
+    self, shapes: TrainState, *, warn: Callable[[str], None] = print
+  ) -> tuple[TrainState, dict[str, Any]] | None:
+    """Restores the newest good step onto the shardings of `shapes`.
+
+    Args:
+      shapes: `ShapeDtypeStruct` leaves with the shardings wanted.
+      warn: told of each step that is damaged and passed over.
+
+    Returns:
+      The state and the data position, or None if there is no step at all.
+
+    Raises:
+      ValueError: if there are steps, and none of them is good, or if they
+        belong to another model.
+    """
+    steps = self.steps()
+    for step in reversed(steps):
+      try:
+        return self._restore_step(step, shapes)
+      except _DAMAGE as error:
+        reason = str(error).strip().split('\n')[0] or type(error).__name__
+        warn(f'{self._directory / str(step)} is damaged and skipped: {reason}')
+    if steps:
+      raise ValueError(
+        f'None of the steps {steps} in {self._directory} can be restored. Start'
+        ' again with another MODEL_DIR, or remove this folder to start afresh.'
+      )
+    return None
+
+  def _restore_step(
+    self, step: int, shapes: TrainState
+  ) -> tuple[TrainState, dict[str, Any]]:
+    manifest = self._manager.restore(
+      step, args=ocp.args.Composite(manifest=ocp.args.JsonRestore())
+    )['manifest']
+    if _json_digest(manifest['manifest']) != manifest['sha256']:
+      raise ValueError('its manifest does not match its own hash')
+    manifest = manifest['manifest']
+    wanted = trees.flatten(shapes)
+    names = set(trees.flatten(wanted))
+    if names != set(manifest['arrays']):
+      difference = sorted(names ^ set(manifest['arrays']))
+      raise ValueError(
+        f'it is of another model or optimizer: {difference[:4]} are on one'
+        ' side only'
+      )
+    restored = self._manager.restore(
+      step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
+    )['state']
+    state = _from_dict(restored, shapes)
+    for name, digest in _digests(state).items():
+      if manifest['arrays'][name] != digest:
+        raise ValueError(f'the bytes of {name} do not match their hash')
+    return state, manifest['data']
+
+  def wait(self) -> None:
+    """Waits until the last save is committed, and raises what went wrong."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    self._manager.close()
+
+
+def _from_dict(leaves: dict[str, Any], like: TrainState) -> TrainState:
+  """Puts the leaves of `trees.flatten` back into the structure of `like`."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: leaves[trees.path_name(path)], like
+  )
+
+
+def _digests(state: TrainState) -> dict[str, str]:
+  return {
+    name: trees.digest(jax.device_get(leaf))
+    for name, leaf in trees.flatten(state).items()
+  }
+
+
+def _json_digest(tree: Any) -> str:
+  text = json.dumps(tree, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,134 @@
+"""`TransformerConfig`: what fixes the computation of a decoder."""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+
+from calm_jax.array_types import Array
+from calm_jax.models import layers
+
+NO_WINDOW = 2**30  # positions; further back than any sequence is long
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+  """Everything that fixes the computation of a decoder, as plain data.
+
+  Attributes:
+    vocab_size: V.
+    num_layers: L.
+    embed_dim: D.
+    num_heads: N.
+    num_kv_heads: K; N for full heads, 1 for multi-query.
+    head_dim: H.
+    mlp_dim: F.
+    activation: of the gated MLP.
+    norm_offset: added to stored norm weights (1 in Gemma).
+    norm_epsilon: of every RMSNorm.
+    norm_placement: 'pre' normalises what enters attention and MLP; 'sandwich'
+      (Gemma 2 and 3) also what leaves them.
+    query_key_norm: 'rms' normalises each query and key head (Qwen 3, Gemma 3).
+    attention_bias: 'qkv' (Qwen 2) or 'all' four projections.
+    attention_scale: multiplies q k^T; H ** -0.5 if None is given.
+    attention_softcap: cap of the attention logits (Gemma 2).
+    final_softcap: cap of the output logits (Gemma 2).
+    window_pattern: window of layer i is pattern[i % len]; None means no window.
+    rope_theta: rotary base of layers without a window, and of all layers
+      if `rope_theta_local` is None.
+    rope_theta_local: rotary base of layers with a window (Gemma 3).
+    rope_scaling: applies to `rope_theta` only.
+    tie_embeddings: whether the embedding table is the output matrix.
+    embed_scale: multiplies the embeddings (sqrt(D) in Gemma).
+    init_stddev: of a freshly initialised embedding table.
+    dtype: dtype of the computation.
+    param_dtype: dtype of storage.
+  """
+
+  vocab_size: int
+  num_layers: int
+  embed_dim: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  mlp_dim: int
+  activation: Literal['silu', 'gelu', 'gelu_tanh', 'relu'] = 'silu'
+  norm_offset: float = 0.0
+  norm_epsilon: float = 1e-6
+  norm_placement: Literal['pre', 'sandwich'] = 'pre'
+  query_key_norm: Literal['none', 'rms'] = 'none'
+  attention_bias: Literal['none', 'qkv', 'all'] = 'none'
+  attention_scale: float | None = None
+  attention_softcap: float | None = None
+  final_softcap: float | None = None
+  window_pattern: tuple[int | None, ...] = (None,)
+  rope_theta: float = 10_000.0
+  rope_theta_local: float | None = None
+  rope_scaling: layers.RopeScaling | None = None
+  tie_embeddings: bool = True
+  embed_scale: float = 1.0
+  init_stddev: float = 0.02
+  dtype: str = 'float32'
+  param_dtype: str = 'float32'
+
+  def __post_init__(self):
+    if self.attention_scale is None:
+      object.__setattr__(self, 'attention_scale', self.head_dim**-0.5)
+    object.__setattr__(self, 'window_pattern', tuple(self.window_pattern))
+    if self.num_heads % self.num_kv_heads:
+      raise ValueError(
+        f'num_heads = {self.num_heads} must be a multiple of num_kv_heads ='
+        f' {self.num_kv_heads}.'
+      )
+    if self.head_dim % 2:
+      raise ValueError(
+        f'head_dim = {self.head_dim} must be even: rotary positions turn'
+        ' pairs of numbers.'
+      )
+    for field, allowed in (
+      ('activation', tuple(layers.ACTIVATIONS)),
+      ('norm_placement', ('pre', 'sandwich')),
+      ('query_key_norm', ('none', 'rms')),
+      ('attention_bias', ('none', 'qkv', 'all')),
+    ):
+      if getattr(self, field) not in allowed:
+        raise ValueError(
+          f'{field} = {getattr(self, field)!r} is not one of {allowed}.'
+        )
+
+    if any(w is not None and w < 1 for w in self.window_pattern):
+      raise ValueError(
+        f'window_pattern = {self.window_pattern}: a window is at least 1, and'
+        ' None means no window.'
+      )
+
+  @property
+  def windows(self) -> tuple[int | None, ...]:
+    """The attention window of each layer."""
+    pattern = self.window_pattern
+    return tuple(pattern[i % len(pattern)] for i in range(self.num_layers))
+
+  @property
+  def has_windows(self) -> bool:
+    return any(window is not None for window in self.windows)
+
+  def layer_inputs(self, start: int, stop: int) -> dict[str, Array]:
+    """Returns what differs between layers start..stop, stacked on axis L.
+
+    Returns:
+      `window`: int32 [L]; `frequencies`: float32 [L, H // 2].
+    """
+    windows = self.windows[start:stop]
+    frequencies = []
+    for window in windows:
+      if window is None or self.rope_theta_local is None:
+        theta, scaling = self.rope_theta, self.rope_scaling
+      else:
+        theta, scaling = self.rope_theta_local, None
+      frequencies.append(layers.rope_frequencies(self.head_dim, theta, scaling))
+    return {
+      'window': jnp.asarray(
+        [NO_WINDOW if w is None else w for w in windows], jnp.int32
+      ),
+      'frequencies': jnp.stack(frequencies),
+    }

@@ -1,0 +1,75 @@
+"""optax optimizers with warm-up and cosine decay, for what is trained."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import optax
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+  """Settings of the optimizer; it only ever sees trained parameters.
+
+  Attributes:
+    name: 'adamw' (arXiv 1711.05101) or 'adafactor' (arXiv 1804.04235).
+    learning_rate: the peak.
+    warmup_steps: steps of linear rise from 0.
+    final_fraction: the cosine ends at this fraction of the peak.
+    weight_decay: decoupled, on matrices only.
+    b1: decay of the mean of the gradients (adamw).
+    b2: decay of the mean of their squares (adamw).
+    clip_norm: global norm that the trained gradients are cut to; None is off.
+  """
+
+  name: Literal['adamw', 'adafactor'] = 'adamw'
+  learning_rate: float = 1e-3
+  warmup_steps: int = 100
+  final_fraction: float = 0.0
+  weight_decay: float = 0.0
+  b1: float = 0.9
+  b2: float = 0.98
+  clip_norm: float | None = 1.0
+
+  def __post_init__(self):
+    if self.name not in ('adamw', 'adafactor'):
+      raise ValueError(
+        f"The optimizer {self.name!r} is not one of ('adamw', 'adafactor')."
+      )
+
+  def schedule(self, train_steps: int) -> optax.Schedule:
+    """Returns the learning rate by step, from 0 to `train_steps`."""
+    return optax.warmup_cosine_decay_schedule(
+      init_value=0.0,
+      peak_value=self.learning_rate,
+      warmup_steps=min(self.warmup_steps, train_steps - 1),
+      decay_steps=train_steps,
+      end_value=self.final_fraction * self.learning_rate,
+    )
+
+  def make(self, train_steps: int) -> optax.GradientTransformation:
+    """Returns the gradient transformation for a run of `train_steps`."""
+    schedule = self.schedule(train_steps)
+    if self.name == 'adamw':
+      update = optax.adamw(
+        schedule,
+        b1=self.b1,
+        b2=self.b2,
+        weight_decay=self.weight_decay,
+        mask=_matrices,
+      )
+    else:
+      update = optax.adafactor(
+        schedule,
+        multiply_by_parameter_scale=False,
+        clipping_threshold=None,
+        weight_decay_rate=self.weight_decay or None,
+        weight_decay_mask=_matrices,
+      )
+    if self.clip_norm is None:
+      return update
+    return optax.chain(optax.clip_by_global_norm(self.clip_norm), update)
+
+
+def _matrices(params):
+  return jax.tree.map(lambda x: x.ndim > 1, params)

@@ -1,0 +1,288 @@
+"""Trains a composition of frozen models, or one decoder from scratch.
+
+  python -m calm_jax.train --gin_file=runs/train.gin --gin.MODEL_DIR="'/tmp/x'"
+
+Read `train` from top to bottom: its stages are in the order of execution.
+"""
+
+from collections.abc import Callable, Mapping
+import pathlib
+from typing import Any, Literal
+
+from flax import linen as nn
+import jax
+from jax.sharding import Mesh
+import numpy as np
+
+from calm_jax import (
+  assembly,
+  checkpoints,
+  metrics,
+  optimizers,
+  run_files,
+  sharding,
+  train_state,
+  train_step,
+)
+from calm_jax.batches import BatchIterator, Prefetcher
+from calm_jax.composition import ComposedLM
+from calm_jax.connections import CompositionConfig
+from calm_jax.models import pretrained, transformer
+from calm_jax.models.pretrained import ModelSpec
+
+
+def train(
+  *,
+  model_dir: str,
+  anchor: ModelSpec,
+  make_batches: Callable[..., BatchIterator],
+  train_steps: int,
+  batch_size: int,
+  augmenting: Mapping[str, ModelSpec] | None = None,
+  composition: CompositionConfig | None = None,
+  trainable: Literal['composition', 'anchor'] = 'composition',
+  optimizer: optimizers.OptimizerConfig | None = None,
+  random_seed: int = 0,
+  microbatches: int = 1,
+  z_loss: float = 0.0,
+  stack: Literal['loop', 'scan'] = 'loop',
+  make_mesh: Callable[[], Mesh] = sharding.make_mesh,
+  log_every: int = 50,
+  checkpoint_every: int = 500,
+  keep_checkpoints: int = 3,
+  export_dtype: str | None = None,
+  summarize_config: Callable[[pathlib.Path], None] | None = None,
+) -> dict[str, float]:
+  """Trains the declared subtree to `train_steps`, resuming if it can.
+
+  Args:
+    model_dir: where everything is written; a second call continues there.
+    anchor: the model that is extended, or trained from scratch.
+    make_batches: called with `batch_size`, `seed` and `vocabulary`; returns
+      global batches.
+    train_steps: updates in the whole run, resumed parts included.
+    batch_size: rows of a global batch.
+    augmenting: frozen models that are read, by name.
+    composition: mapping and form of the cross-attention.
+    trainable: the subtree that is trained; all others are frozen.
+    optimizer: AdamW or Adafactor with its schedule.
+    random_seed: of initialisation and data.
+    microbatches: slices of a batch whose gradients are added.
+    z_loss: weight of (log Z)^2.
+    stack: whether blocks are a loop or scanned segments.
+    make_mesh: arranges the devices.
+    log_every: steps between progress lines and rows of metrics.jsonl.
+    checkpoint_every: steps between checkpoints; the last step is always saved.
+    keep_checkpoints: how many of the newest stay.
+    export_dtype: stored dtype of a decoder trained from scratch.
+    summarize_config: writes the operative configuration into a directory.
+
+  Returns:
+    The last logged metrics.
+
+  Raises:
+    ValueError: for settings that do not fit, before anything is allocated.
+    FloatingPointError: at the first logged step whose loss is not finite.
+  """
+  # --- Check and describe, without allocating -------------------------------
+  directory = pathlib.Path(model_dir).expanduser()
+  augmenting = dict(augmenting or {})
+  optimizer = optimizer or optimizers.OptimizerConfig()
+  model = assembly.build_model(
+    anchor, augmenting=augmenting, composition=composition, stack=stack
+  )
+  _check(model, trainable, train_steps, batch_size, microbatches)
+  mesh = make_mesh()
+  sharding.check_batch_size(batch_size // microbatches, mesh)
+  boxed = jax.eval_shape(model.init_params, jax.random.key(random_seed))
+  sharding.param_shardings(boxed, mesh)  # raises if the mesh does not divide
+  say = print if jax.process_index() == 0 else lambda *_: None
+  say(metrics.connection_table(model))
+  say(metrics.parameter_report(nn.unbox(boxed), trainable=trainable))
+
+  # --- Frozen weights --------------------------------------------------------
+  frozen, fingerprints = {}, {}
+  if trainable == 'composition':
+    loaded = assembly.load_all(
+      model, anchor, augmenting, mesh=mesh, seed=random_seed
+    )
+    for name, one in loaded.items():
+      fingerprints[name] = one.fingerprint
+      say(f'{name}: {one.origin}, fingerprint {one.fingerprint[:16]}, frozen')
+    frozen = assembly.frozen_tree(loaded)
+    _claim_directory(directory, model, fingerprints)
+  if summarize_config is not None and jax.process_index() == 0:
+    directory.mkdir(parents=True, exist_ok=True)
+    summarize_config(directory)
+
+  # --- Trained state: newest good checkpoint, or fresh -----------------------
+  update = optimizer.make(train_steps)
+
+  def create_state():
+    params = model.init_params(jax.random.key(random_seed))
+    return train_state.create(
+      {trainable: params[trainable]}, update, seed=random_seed
+    )
+
+  state_shapes = jax.eval_shape(create_state)
+  state_places = train_state.shardings(state_shapes, mesh)
+  saved = checkpoints.Checkpoints(
+    directory / 'checkpoints', keep=keep_checkpoints
+  )
+  batches = make_batches(
+    batch_size=batch_size, seed=random_seed, vocabulary=anchor.vocabulary
+  )
+  restored = saved.restore(
+    jax.tree.map(
+      lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+      nn.unbox(state_shapes),
+      state_places,
+    ),
+    warn=say,
+  )
+  if restored is None:
+    state = jax.jit(
+      lambda: nn.unbox(create_state()), out_shardings=state_places
+    )()
+    say(f'{trainable}: fresh, seed {random_seed}')
+  else:
+    state, data_state = restored
+    batches.restore(data_state)
+    say(f'{trainable}: restored at step {int(state.step)}')
+  first_step = int(state.step)
+  held = metrics.bytes_per_device(frozen), metrics.bytes_per_device(state)
+  say(f'bytes per device: {held[0]:,} frozen, {held[1]:,} trained + optimizer')
+
+  # --- The step --------------------------------------------------------------
+  step_fn = jax.jit(
+    train_step.make_train_step(
+      model, update, microbatches=microbatches, z_loss=z_loss
+    ),
+    donate_argnums=0,
+    out_shardings=(state_places, sharding.replicated(mesh)),
+  )
+
+  # --- Train -----------------------------------------------------------------
+  writer = metrics.MetricWriter(directory, resume_step=first_step)
+  feed = Prefetcher(batches)
+  schedule = optimizer.schedule(train_steps)
+  progress, logged = None, {}
+  try:
+    with jax.set_mesh(mesh):
+      for step in range(first_step + 1, train_steps + 1):
+        batch = next(feed)
+        state, measured = step_fn(
+          state, frozen, sharding.put_batch(batch, mesh)
+        )
+        if progress is None:  # compiled: the clock starts here
+          jax.block_until_ready(state.step)
+          shape = batch['decoder_input_tokens'].shape
+          flops = metrics.step_flops(
+            model,
+            nn.unbox(boxed),
+            trainable=trainable,
+            tokens=shape[0] * shape[1],
+            length=shape[1],
+          )
+          progress = metrics.Progress(
+            first_step=step,
+            last_step=train_steps,
+            flops=flops,
+            tokens=shape[0] * shape[1],
+            wait_seconds=feed.wait_seconds,
+          )
+        if step % log_every == 0 or step == train_steps:
+          logged = {f'train/{k}': float(v) for k, v in measured.items()}
+          if not np.isfinite(logged['train/loss']):
+            raise FloatingPointError(
+              f'The loss of step {step} is {logged["train/loss"]}. Nothing'
+              f' after step {max(saved.steps(), default=0)} was saved; lower'
+              ' the learning rate, or look at the data of these steps.'
+            )
+          logged['train/learning_rate'] = float(schedule(step - 1))
+          logged |= progress.rates(step, wait_seconds=feed.wait_seconds)
+          writer.write(step, logged)
+          say(progress.line(step, logged))
+        if step % checkpoint_every == 0 or step == train_steps:
+          saved.save(state, data_state=feed.state())
+  finally:
+    feed.close()
+    writer.close()
+    saved.close()
+
+  # --- Export ----------------------------------------------------------------
+  _export(
+    directory, model, anchor, state.params[trainable], trainable, export_dtype
+  )
+  say(f'Done: step {train_steps} in {directory}')
+  return logged
+
+
+def _check(
+  model: ComposedLM,
+  trainable: str,
+  train_steps: int,
+  batch_size: int,
+  microbatches: int,
+) -> None:
+  """Raises ValueError for settings that cannot work together."""
+  allowed = ['composition'] if model.connections else ['anchor']
+  if trainable not in allowed:
+    raise ValueError(
+      f'trainable = {trainable!r} is not one of {allowed}: a run with'
+      ' connections trains the composition, and one without trains the anchor.'
+    )
+  if train_steps < 1:
+    raise ValueError(f'TRAIN_STEPS = {train_steps}: it must be at least 1.')
+  if batch_size % microbatches:
+    raise ValueError(
+      f'BATCH_SIZE = {batch_size} cannot be split into {microbatches}'
+      ' microbatches. Choose a multiple.'
+    )
+
+
+def _claim_directory(
+  directory: pathlib.Path, model: ComposedLM, fingerprints: Mapping[str, str]
+) -> None:
+  """Writes calm_config.json, or checks that the one there is of this run."""
+  if (directory / run_files.CONFIG_FILE).exists():
+    config, expected = run_files.read_config(directory)
+    run_files.check_fingerprints(expected, fingerprints, where=directory)
+    if config.mapping.connections != model.connections:
+      raise ValueError(
+        f'{directory} holds a run with the connections'
+        f' {[c.key for c in config.mapping.connections]}; this one has'
+        f' {[c.key for c in model.connections]}. Choose another MODEL_DIR.'
+      )
+  elif jax.process_index() == 0:
+    run_files.write_config(directory, model, fingerprints)
+
+
+def _export(
+  directory: pathlib.Path,
+  model: ComposedLM,
+  anchor: ModelSpec,
+  params: Any,
+  trainable: str,
+  export_dtype: str | None,
+) -> None:
+  """Writes what was trained as safetensors; on process 0."""
+  if jax.process_index():
+    return
+  if trainable == 'composition':
+    run_files.write_composition(directory, params)
+    return
+  loop = model.anchor.clone(stack='loop')
+  pretrained.write_model(
+    directory / 'model',
+    config=anchor.config,
+    params=transformer.restack(params, source=model.anchor, target=loop),
+    vocabulary=anchor.vocabulary,
+    storage_dtype=export_dtype,
+  )
+
+
+if __name__ == '__main__':
+  from calm_jax import gin_setup
+
+  gin_setup.main('train')

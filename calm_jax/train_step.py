@@ -1,0 +1,142 @@
+"""The training step: gradients of the trained subtree, and of nothing else."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from calm_jax import losses
+from calm_jax.array_types import Array, Batch, Params
+from calm_jax.composition import ComposedLM
+from calm_jax.train_state import TrainState
+
+Step = Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, Any]]]
+
+
+def loss_fn(
+  trainable: Params,
+  frozen: Params,
+  batch: Batch,
+  *,
+  model: ComposedLM,
+  z_loss: float = 0.0,
+) -> tuple[Array, losses.LossSums]:
+  """Returns the summed loss of one batch, to be differentiated in `trainable`.
+
+  The subtrees are two arguments so that differentiating in the first costs
+  nothing for the second: no gradient of a frozen weight is ever formed, and
+  nothing flows back below the lowest composed block.
+
+  Args:
+    trainable: the trained subtrees, for example {'composition': ...}.
+    frozen: the others, {'anchor': ..., 'augmenting': ...}.
+    batch: see `calm_jax.batches`.
+    model: what maps parameters and batch to logits.
+    z_loss: weight of (log Z)^2.
+
+  Returns:
+    The sum over target tokens, in nats, and the sums it is made of.
+  """
+  logits_BTV = model({**frozen, **trainable}, batch)
+  sums = losses.cross_entropy(
+    logits_BTV,
+    batch['decoder_target_tokens'],
+    batch['decoder_loss_weights'],
+  )
+  return sums.loss + z_loss * sums.z_loss, sums
+
+
+def make_train_step(
+  model: ComposedLM,
+  optimizer: optax.GradientTransformation,
+  *,
+  microbatches: int = 1,
+  z_loss: float = 0.0,
+) -> Step:
+  """Returns the function (state, frozen, batch) -> (state, metrics).
+
+  Args:
+    model: the model that is trained in part or whole.
+    optimizer: for the trained subtree.
+    microbatches: how many slices of the batch are run one after the other,
+      their gradients added; must divide the batch.
+    z_loss: weight of (log Z)^2.
+  """
+
+  def step(state, frozen, batch):
+    gradients, sums = _gradients(
+      state.params, frozen, batch, model, microbatches, z_loss
+    )
+    gradients = jax.tree.map(lambda g: g / sums.weight, gradients)
+    updates, opt_state = optimizer.update(
+      gradients, state.opt_state, state.params
+    )
+    metrics = {
+      'loss': sums.loss / sums.weight,
+      'accuracy': sums.correct / sums.weight,
+      'target_tokens': sums.weight,
+      'grad_norm': optax.global_norm(gradients),
+    }
+    state = state.replace(
+      step=state.step + 1,
+      params=optax.apply_updates(state.params, updates),
+      opt_state=opt_state,
+    )
+    return state, metrics
+
+  return step
+
+
+def _gradients(
+  trainable: Params,
+  frozen: Params,
+  batch: Batch,
+  model: ComposedLM,
+  microbatches: int,
+  z_loss: float,
+) -> tuple[Params, losses.LossSums]:
+  """Returns gradients and loss, both summed over target tokens."""
+  differentiate = jax.grad(loss_fn, has_aux=True)
+
+  def one(part):
+    return differentiate(trainable, frozen, part, model=model, z_loss=z_loss)
+
+  if microbatches == 1:
+    return one(batch)
+  # Rows i, i + microbatches, ...: each slice stays spread over all devices.
+  parts = jax.tree.map(
+    lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch
+  )
+
+  def add(total, part):
+    return jax.tree.map(jnp.add, total, one(part)), None
+
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype),
+    jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts)),
+  )
+  return jax.lax.scan(add, zeros, parts)[0]
+
+
+def eval_fn(
+  params: Params, batch: Batch, *, model: ComposedLM
+) -> dict[str, Array]:
+  """Returns mean loss (nats) and accuracy over the target tokens of a batch."""
+  _, sums = loss_fn(params, {}, batch, model=model)
+  return {
+    'loss': sums.loss / sums.weight,
+    'accuracy': sums.correct / sums.weight,
+    'target_tokens': sums.weight,
+  }
+
+
+def score_batch(params: Params, batch: Batch, *, model: ComposedLM) -> Array:
+  """Returns log p(targets | inputs) of each row in nats, float32 [B]."""
+  logits_BTV = model(params, batch).astype(jnp.float32)
+  log_probs_BTV = jax.nn.log_softmax(logits_BTV)
+  chosen_BT = jnp.take_along_axis(
+    log_probs_BTV, batch['decoder_target_tokens'][..., None], axis=-1
+  )[..., 0]
+  return jnp.sum(chosen_BT * batch['decoder_loss_weights'], axis=-1)

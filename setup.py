@@ -1,0 +1,67 @@
+"""Packaging. `tasks/` and `gin/` are installed inside the package calm_jax."""
+
+import pathlib
+
+import setuptools
+
+HERE = pathlib.Path(__file__).parent
+VERSION = '0.1.0'
+
+# gin/ must never hold an __init__.py: it would shadow the library gin.
+GIN_FOLDERS = sorted(
+  folder.relative_to(HERE / 'gin').as_posix().replace('/', '.')
+  for folder in (HERE / 'gin').rglob('*')
+  if folder.is_dir()
+)
+PACKAGE_DIR = {'calm_jax': 'calm_jax', 'calm_jax.tasks': 'tasks'}
+for name in ['', *GIN_FOLDERS]:
+  package = f'calm_jax.gin_files.{name}'.rstrip('.')
+  PACKAGE_DIR[package] = f'gin/{name.replace(".", "/")}'.rstrip('/')
+
+setuptools.setup(
+  name='calm_jax',
+  version=VERSION,
+  description='Compose frozen language models by trained cross-attention.',
+  long_description=(HERE / 'README.md').read_text(),
+  long_description_content_type='text/markdown',
+  license='Apache-2.0',
+  python_requires='>=3.11',
+  package_dir=PACKAGE_DIR,
+  packages=[
+    *setuptools.find_packages(include=['calm_jax', 'calm_jax.*']),
+    *(name for name in PACKAGE_DIR if name != 'calm_jax'),
+  ],
+  package_data={
+    'calm_jax.tasks': ['donors/**/*'],
+    **{name: ['*.gin'] for name in PACKAGE_DIR if '.gin_files' in name},
+  },
+  install_requires=[
+    'absl-py',
+    'flax',
+    'gin-config',
+    'jax',
+    'matplotlib',
+    'numpy',
+    'optax',
+    'orbax-checkpoint',
+    'rich',
+    'sacrebleu',
+    'safetensors',
+    'sentencepiece',
+    'seqio',
+    'tensorboardX',
+    'tokenizers',
+  ],
+  extras_require={
+    'tpu': ['jax[tpu]'],
+    'gpu': ['jax[cuda12]'],
+    'test': ['pytest', 'pytest-xdist', 'ruff', 'build'],
+    # T5X is not on PyPI; these are what its adapter needs beside it.
+    't5x': ['clu', 'fiddle'],
+  },
+  classifiers=[
+    'Programming Language :: Python :: 3.11',
+    'Programming Language :: Python :: 3.12',
+    'Programming Language :: Python :: 3.13',
+  ],
+)

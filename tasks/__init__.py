@@ -1,0 +1,1 @@
+"""Tasks, installed as `calm_jax.tasks`; import them under that name only."""

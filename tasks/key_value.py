@@ -1,0 +1,110 @@
+"""The key-value tasks and mixtures, registered with SeqIO for every size.
+
+A name is `<task>_<size>`, for instance 'kv_arithmetic_quick'. Nothing is drawn
+before a data set is used.
+"""
+
+import functools
+import itertools
+
+import seqio
+import tensorflow as tf
+
+from calm_jax import data
+from calm_jax.tasks import key_value_generator, key_value_tables
+
+# Rates, relative within a mixture.
+MIXTURES = {
+  'kv_augmenting_donor': {'key_value_pairs': 1.0, 'kv_substitution': 1.0},
+  'kv_anchor_donor': {'numeric_arithmetic': 1.0, 'neutral_text': 1.0},
+  'kv_dc_mix_direct': {
+    'kv_dc_subs': 1.0,
+    'kv_dc_math': 2.0,
+    'kv_dc_numeric': 1.0,
+  },
+  'kv_dc_mix_scratchpad': {
+    'kv_dc_subs': 1.0,
+    'kv_dc_scratchpad': 2.0,
+    'kv_dc_numeric': 1.0,
+  },
+}
+_CHUNK = 1024  # Examples that cross from Python to TensorFlow at once.
+_TEXTS = tf.TensorSpec([None], tf.string)
+
+
+class _Source(seqio.DataSource):
+  """The texts of one task and size; the training split never ends."""
+
+  def __init__(self, task: str, size: str):
+    self._task, self._size = task, size
+    count = key_value_tables.SIZES[size].evaluation_examples
+    splits = key_value_generator.TASKS[task].splits
+    super().__init__(
+      splits=splits,
+      num_input_examples={s: None if s == 'train' else count for s in splits},
+      caching_permitted=False,
+    )
+
+  @property
+  def supports_arbitrary_sharding(self) -> bool:
+    return False
+
+  @property
+  def performs_internal_shuffling(self) -> bool:
+    return True  # Independent draws: there is nothing to shuffle.
+
+  def list_shards(self, split: str) -> list[str]:
+    return [split]
+
+  def get_dataset(
+    self, split='train', shuffle=True, seed=None, shard_info=None
+  ) -> tf.data.Dataset:
+    del shuffle, shard_info  # SeqIO shards the examples of a single shard.
+
+    def chunks():
+      examples = key_value_generator.examples(
+        self._task, self._size, split, seed or 0
+      )
+      while chunk := list(itertools.islice(examples, _CHUNK)):
+        yield {
+          field: [example[field] for example in chunk]
+          for field in ('inputs', 'targets')
+        }
+
+    signature = {'inputs': _TEXTS, 'targets': _TEXTS}
+    return tf.data.Dataset.from_generator(
+      chunks, output_signature=signature
+    ).unbatch()
+
+
+def _final_answer(text: str, **unused_kwargs) -> str:
+  return key_value_generator.final_answer(text)
+
+
+def _register(size: str, config: key_value_tables.KeyValueConfig) -> None:
+  vocabulary = data.SeqIOVocabulary(
+    functools.partial(key_value_tables.vocabulary, config)
+  )
+  for name in key_value_generator.TASKS:
+    scratchpad = name == 'kv_arithmetic_scratchpad'
+    seqio.TaskRegistry.add(
+      f'{name}_{size}',
+      source=_Source(name, size),
+      output_features={
+        'inputs': seqio.Feature(vocabulary, add_eos=False),
+        'targets': seqio.Feature(vocabulary, add_eos=True),
+      },
+      preprocessors=[functools.partial(data.tokenize_batched, with_eos=True)],
+      postprocess_fn=_final_answer if scratchpad else None,
+      metric_fns=[key_value_generator.exact_match],
+      shuffle_buffer_size=None,
+    )
+  for name, rates in MIXTURES.items():
+    seqio.MixtureRegistry.add(
+      f'{name}_{size}',
+      [(f'{task}_{size}', rate) for task, rate in rates.items()],
+    )
+
+
+for _size, _config in key_value_tables.SIZES.items():
+  _register(_size, _config)

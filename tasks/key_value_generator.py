@@ -1,0 +1,313 @@
+"""The texts and scores of the key-value tasks, in plain numpy.
+
+Training streams come in chunks, each with a generator of its own, so a stream
+can start anywhere at no cost.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+import functools
+import itertools
+from typing import Any
+
+import numpy as np
+
+from calm_jax.tasks import key_value_tables as tables
+
+SEPARATORS = ('+', '-', 'x', ';', ',', '.')  # Between `key value` pairs.
+JOINTS = (';', ',', '.', '|', '=', '->')  # Between the parts of neutral text.
+_CHUNK = 1024
+
+
+@functools.cache
+def evaluation(
+  config: tables.KeyValueConfig, split: str
+) -> tuple[tables.Expression, ...]:
+  """Draws the expressions of a split; no training stream has any of them.
+
+  Args:
+    config: the size of the task.
+    split: 'held_in', 'held_out' or 'mixed' keys (at least one of each), or
+      'test' for integers.
+
+  Returns:
+    `KeyValueConfig.evaluation_examples` expressions.
+  """
+  held_in = tables.table(config).held_in
+  inside, outside = np.flatnonzero(held_in), np.flatnonzero(~held_in)
+  pool = {
+    'held_in': inside,
+    'held_out': outside,
+    # Both kinds equally often.
+    'mixed': np.concatenate([np.resize(inside, outside.size), outside]),
+    'test': np.arange(1, config.max_value + 1),
+  }[split]
+
+  def accept(e: tables.Expression) -> bool:
+    if split != 'mixed':
+      return True
+    return 0 < held_in[list(e.operands)].sum() < len(e.operands)
+
+  rng = tables.generator(config, f'evaluation/{split}')
+  count = config.evaluation_examples
+  return tuple(_expressions(config, rng, pool, count, accept))
+
+
+@functools.cache
+def _evaluated(
+  config: tables.KeyValueConfig, operands: str
+) -> frozenset[tables.Expression]:
+  """Returns the expressions that training must not see."""
+  integers = operands == 'integers'
+  splits = ('test',) if integers else ('held_in', 'mixed', 'held_out')
+  return frozenset().union(*(evaluation(config, split) for split in splits))
+
+
+def examples(
+  task_name: str,
+  size: str | tables.KeyValueConfig,
+  split: str = 'train',
+  seed: int = 0,
+  start: int = 0,
+) -> Iterator[dict[str, str]]:
+  """Yields the examples of a task as texts.
+
+  Args:
+    task_name: a key of `TASKS`, without the size.
+    size: a key of `SIZES`, or a config.
+    split: 'train' never ends; the others have
+      `KeyValueConfig.evaluation_examples`.
+    seed: of the training stream. The other splits are the same for all seeds.
+    start: how many examples to leave out; costs nothing.
+
+  Yields:
+    {'inputs': text, 'targets': text}, with all words separated by one space.
+
+  Raises:
+    ValueError: if the task, its split or the size does not exist.
+  """
+  config = (
+    size
+    if isinstance(size, tables.KeyValueConfig)
+    else _get(tables.SIZES, size)
+  )
+  task = _get(TASKS, task_name)
+  _get(dict.fromkeys(task.splits), split)
+  if split == 'train':
+    rows = _stream(task_name, config, seed, start)
+  else:
+    rows = (
+      task.write(task.table(config), expression)
+      for expression in evaluation(config, split)[start:]
+    )
+  for inputs, targets in rows:
+    yield {'inputs': inputs, 'targets': targets}
+
+
+def final_answer(text: str) -> str:
+  """Returns what follows the last '=' of a scratchpad, or nothing."""
+  return text.rpartition('=')[2].strip() if '=' in text else ''
+
+
+def exact_match(
+  targets: Sequence[str], predictions: Sequence[str]
+) -> dict[str, float]:
+  """Returns the percentage of equal texts, and the counts behind it."""
+  pairs = zip(targets, predictions, strict=True)
+  correct = sum(target == prediction for target, prediction in pairs)
+  return {
+    'exact_match': 100.0 * correct / len(targets),
+    'correct': correct,
+    'count': len(targets),
+  }
+
+
+def _stream(
+  task_name: str, config: tables.KeyValueConfig, seed: int, start: int
+) -> Iterator[tuple[str, str]]:
+  first, offset = divmod(start, _CHUNK)
+  for chunk in itertools.count(first):
+    rng = tables.generator(config, f'train/{task_name}', seed, chunk)
+    yield from TASKS[task_name].draw(config, rng, _CHUNK)[offset:]
+    offset = 0
+
+
+def _expressions(
+  config: tables.KeyValueConfig,
+  rng: np.random.Generator,
+  pool: np.ndarray,
+  count: int,
+  accept: Callable[[tables.Expression], bool],
+) -> list[tables.Expression]:
+  """Draws `count` expressions with operands of `pool` that `accept` likes."""
+  most, found = config.max_operands, []
+  for _ in range(100):
+    sizes = rng.integers(config.min_operands, most + 1, count).tolist()
+    operands = rng.choice(pool, (count, most)).tolist()
+    operators = rng.choice(config.operators, (count, most - 1)).tolist()
+    drawn = (
+      tables.Expression(tuple(numbers[:n]), tuple(signs[: n - 1]))
+      for n, numbers, signs in zip(sizes, operands, operators, strict=True)
+    )
+    found += filter(accept, drawn)
+    if len(found) >= count:
+      return found[:count]
+  raise ValueError(
+    f'Of {pool.size} operands, too few expressions are left for training '
+    f'beside {config.evaluation_examples} for evaluation; raise num_keys, '
+    'held_in_fraction or max_operands, or lower evaluation_examples.'
+  )
+
+
+def _number(value: int) -> str:
+  return str(value) if value >= 0 else f'- {-value}'
+
+
+def _substitution(table: tables.Table, e: tables.Expression) -> tuple[str, str]:
+  return f'{e.text(table.keys)} ->', e.text(table.value_words)
+
+
+def _direct(table: tables.Table, e: tables.Expression) -> tuple[str, str]:
+  return f'{e.text(table.keys)} =', _number(e.value(table.values))
+
+
+def _scratchpad(table: tables.Table, e: tables.Expression) -> tuple[str, str]:
+  inputs, answer = _direct(table, e)
+  return inputs, f'{e.text(table.value_words)} = {answer}'
+
+
+def _training_expressions(
+  config: tables.KeyValueConfig,
+  rng: np.random.Generator,
+  operands: str,
+  count: int,
+) -> list[tables.Expression]:
+  """Draws expressions over 'keys', 'held_in' keys or 'integers'."""
+  pool = {
+    'keys': np.arange(config.num_keys),
+    'held_in': np.flatnonzero(tables.table(config).held_in),
+    'integers': np.arange(1, config.max_value + 1),
+  }[operands]
+  evaluated = _evaluated(config, operands)
+  return _expressions(config, rng, pool, count, lambda e: e not in evaluated)
+
+
+def _pairs(
+  config: tables.KeyValueConfig, rng: np.random.Generator, count: int
+) -> list[tuple[str, str]]:
+  """Writes rows of `key value`, with any word between the pairs."""
+  shape = (count, config.pairs_per_row)
+  keys = rng.integers(config.num_keys, size=shape).tolist()
+  between = np.where(
+    rng.random(shape) < 0.5,
+    rng.choice(SEPARATORS, shape),
+    rng.choice(tables.NEUTRAL_WORDS, shape),
+  ).tolist()
+  pairs = list(
+    zip(
+      tables.table(config).keys, tables.table(config).value_words, strict=True
+    )
+  )
+  rows = []
+  for row, words in zip(keys, between, strict=True):
+    items = ((*pairs[key], word) for key, word in zip(row, words, strict=True))
+    rows.append(('', ' '.join(itertools.chain.from_iterable(items))))
+  return rows
+
+
+def _neutral_text(
+  config: tables.KeyValueConfig, rng: np.random.Generator, count: int
+) -> list[tuple[str, str]]:
+  """Writes rows of words, repeated words, and calculations at any offset.
+
+  Keys occur as words, never with their values: what is calculated is drawn
+  without regard to the words around it.
+  """
+  integers = tables.integer_table(config)
+  shape = (count, config.parts_per_row)
+  kinds = rng.choice(('words', 'repeat', 'calculation'), shape)
+  needed = np.count_nonzero(kinds == 'calculation')
+  expressions = iter(_training_expressions(config, rng, 'integers', needed))
+  sizes = rng.integers(1, 5, shape).tolist()
+  joints = rng.choice(JOINTS, shape).tolist()
+  words = np.where(
+    rng.random((*shape, 4)) < 0.5,
+    rng.choice(tables.NEUTRAL_WORDS, (*shape, 4)),
+    rng.choice(tables.table(config).keys, (*shape, 4)),
+  ).tolist()
+  rows = []
+  for row in zip(kinds.tolist(), sizes, joints, words, strict=True):
+    text = []
+    for kind, size, joint, span in zip(*row, strict=True):
+      if kind == 'calculation':
+        text += _direct(integers, next(expressions))
+      else:
+        text += span[:size] if kind == 'words' else _repeated(span[:size])
+      text.append(joint)
+    rows.append(('', ' '.join(text)))
+  return rows
+
+
+def _repeated(span: list[str]) -> list[str]:
+  return [*span, '|', *span]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """How a task draws its training rows, and writes its evaluation examples.
+
+  Attributes:
+    splits: which splits it has.
+    draw: given config, generator and count, returns (inputs, targets) rows.
+    write: turns an expression into inputs and targets.
+    table: what the operands of the expressions stand for.
+  """
+
+  splits: tuple[str, ...]
+  draw: Callable[..., list[tuple[str, str]]]
+  write: Callable[[tables.Table, tables.Expression], tuple[str, str]] | None = (
+    None
+  )
+  table: Callable[[tables.KeyValueConfig], tables.Table] = tables.table
+
+
+def _expression_task(
+  write: Callable[[tables.Table, tables.Expression], tuple[str, str]],
+  operands: str,
+  *splits: str,
+) -> Task:
+  make_table = tables.integer_table if operands == 'integers' else tables.table
+
+  def draw(config, rng, count):
+    expressions = _training_expressions(config, rng, operands, count)
+    return [write(make_table(config), e) for e in expressions]
+
+  return Task(splits=splits, draw=draw, write=write, table=make_table)
+
+
+_BY_KEYS = ('held_in', 'mixed', 'held_out')
+TASKS = {
+  # What the donors learn, and where they are evaluated.
+  'key_value_pairs': Task(splits=('train',), draw=_pairs),
+  'kv_substitution': _expression_task(
+    _substitution, 'keys', 'train', *_BY_KEYS
+  ),
+  'numeric_arithmetic': _expression_task(_direct, 'integers', 'train', 'test'),
+  'neutral_text': Task(splits=('train',), draw=_neutral_text),
+  # What only the composition can do.
+  'kv_arithmetic': _expression_task(_direct, 'keys', *_BY_KEYS),
+  'kv_arithmetic_scratchpad': _expression_task(_scratchpad, 'keys', *_BY_KEYS),
+  # D_C: held-in keys only, and rows that keep what the anchor can do.
+  'kv_dc_subs': _expression_task(_substitution, 'held_in', 'train'),
+  'kv_dc_math': _expression_task(_direct, 'held_in', 'train'),
+  'kv_dc_scratchpad': _expression_task(_scratchpad, 'held_in', 'train'),
+  'kv_dc_numeric': _expression_task(_direct, 'integers', 'train'),
+}
+
+
+def _get(choices: Mapping[str, Any], name: str) -> Any:
+  if name not in choices:
+    raise ValueError(
+      f'The key-value task has no {name!r}; choose among {", ".join(choices)}.'
+    )
+  return choices[name]
