@@ -109,8 +109,8 @@ def configure(
     search_paths: folders.
 
   Raises:
-    ValueError: if a file or name is not found, a macro or binding is not used by
-      `entry`, something required is missing, or a value has the wrong type.
+    ValueError: if a file or name is not found, a macro or binding is not used
+      by `entry`, something required is missing, or a value has the wrong type.
   """
   gin.clear_config()
   register()

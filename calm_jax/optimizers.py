@@ -5,6 +5,9 @@ from typing import Literal
 
 import jax
 import optax
+import optax.contrib
+
+from calm_jax import trees
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -12,8 +15,10 @@ class OptimizerConfig:
   """Settings of the optimizer; it only ever sees trained parameters.
 
   Attributes:
-    name: 'adamw' (arXiv 1711.05101) or 'adafactor' (arXiv 1804.04235).
-    learning_rate: the peak.
+    name: 'adamw' (arXiv 1711.05101), 'adafactor' (arXiv 1804.04235), or 'muon'
+      (arXiv 2502.16982) for kernels with adamw for embeddings and vectors.
+    learning_rate: the peak; with muon, that of adamw.
+    muon_learning_rate: the peak for kernels.
     warmup_steps: steps of linear rise from 0.
     final_fraction: the cosine ends at this fraction of the peak.
     weight_decay: decoupled, on matrices only.
@@ -22,8 +27,9 @@ class OptimizerConfig:
     clip_norm: global norm that the trained gradients are cut to; None is off.
   """
 
-  name: Literal['adamw', 'adafactor'] = 'adamw'
+  name: Literal['adamw', 'adafactor', 'muon'] = 'adamw'
   learning_rate: float = 1e-3
+  muon_learning_rate: float = 0.02
   warmup_steps: int = 100
   final_fraction: float = 0.0
   weight_decay: float = 0.0
@@ -32,19 +38,21 @@ class OptimizerConfig:
   clip_norm: float | None = 1.0
 
   def __post_init__(self):
-    if self.name not in ('adamw', 'adafactor'):
-      raise ValueError(
-        f"The optimizer {self.name!r} is not one of ('adamw', 'adafactor')."
-      )
+    known = ('adamw', 'adafactor', 'muon')
+    if self.name not in known:
+      raise ValueError(f'The optimizer {self.name!r} is not one of {known}.')
 
-  def schedule(self, train_steps: int) -> optax.Schedule:
+  def schedule(
+    self, train_steps: int, peak: float | None = None
+  ) -> optax.Schedule:
     """Returns the learning rate by step, from 0 to `train_steps`."""
+    peak = self.learning_rate if peak is None else peak
     return optax.warmup_cosine_decay_schedule(
       init_value=0.0,
-      peak_value=self.learning_rate,
+      peak_value=peak,
       warmup_steps=min(self.warmup_steps, train_steps - 1),
       decay_steps=train_steps,
-      end_value=self.final_fraction * self.learning_rate,
+      end_value=self.final_fraction * peak,
     )
 
   def make(self, train_steps: int) -> optax.GradientTransformation:
@@ -57,6 +65,15 @@ class OptimizerConfig:
         b2=self.b2,
         weight_decay=self.weight_decay,
         mask=_matrices,
+      )
+    elif self.name == 'muon':
+      update = optax.contrib.muon(
+        self.schedule(train_steps, self.muon_learning_rate),
+        adam_learning_rate=schedule,
+        adam_b1=self.b1,
+        adam_b2=self.b2,
+        weight_decay=self.weight_decay,
+        muon_weight_dimension_numbers=_kernels,
       )
     else:
       update = optax.adafactor(
@@ -73,3 +90,15 @@ class OptimizerConfig:
 
 def _matrices(params):
   return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+def _kernels(params):
+  """Names the axes of the matrices between layers; None for all else."""
+
+  def one(path, leaf):
+    if not trees.path_name(path).endswith('kernel'):
+      return None
+    stacked = leaf.ndim - 2  # a scanned segment has a leading axis of layers
+    return optax.contrib.MuonDimensionNumbers(stacked, stacked + 1)
+
+  return jax.tree_util.tree_map_with_path(one, params)

@@ -17,6 +17,7 @@ import numpy as np
 from calm_jax import (
   assembly,
   checkpoints,
+  flops,
   metrics,
   optimizers,
   run_files,
@@ -95,7 +96,7 @@ def train(
   mesh = make_mesh()
   sharding.check_batch_size(batch_size // microbatches, mesh)
   boxed = jax.eval_shape(model.init_params, jax.random.key(random_seed))
-  sharding.param_shardings(boxed, mesh)  # raises if the mesh does not divide
+  places = sharding.param_shardings(boxed, mesh)
   say = print if jax.process_index() == 0 else lambda *_: None
   say(metrics.connection_table(model))
   say(metrics.parameter_report(nn.unbox(boxed), trainable=trainable))
@@ -119,13 +120,15 @@ def train(
   update = optimizer.make(train_steps)
 
   def create_state():
-    params = model.init_params(jax.random.key(random_seed))
+    params = nn.unbox(model.init_params(jax.random.key(random_seed)))
     return train_state.create(
       {trainable: params[trainable]}, update, seed=random_seed
     )
 
   state_shapes = jax.eval_shape(create_state)
-  state_places = train_state.shardings(state_shapes, mesh)
+  state_places = train_state.shardings(
+    state_shapes, {trainable: places[trainable]}, mesh
+  )
   saved = checkpoints.Checkpoints(
     directory / 'checkpoints', keep=keep_checkpoints
   )
@@ -135,15 +138,13 @@ def train(
   restored = saved.restore(
     jax.tree.map(
       lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-      nn.unbox(state_shapes),
+      state_shapes,
       state_places,
     ),
     warn=say,
   )
   if restored is None:
-    state = jax.jit(
-      lambda: nn.unbox(create_state()), out_shardings=state_places
-    )()
+    state = jax.jit(create_state, out_shardings=state_places)()
     say(f'{trainable}: fresh, seed {random_seed}')
   else:
     state, data_state = restored
@@ -177,7 +178,7 @@ def train(
         if progress is None:  # compiled: the clock starts here
           jax.block_until_ready(state.step)
           shape = batch['decoder_input_tokens'].shape
-          flops = metrics.step_flops(
+          least = flops.least(
             model,
             nn.unbox(boxed),
             trainable=trainable,
@@ -187,7 +188,7 @@ def train(
           progress = metrics.Progress(
             first_step=step,
             last_step=train_steps,
-            flops=flops,
+            flops=least,
             tokens=shape[0] * shape[1],
             wait_seconds=feed.wait_seconds,
           )

@@ -2,14 +2,13 @@
 
 from typing import Any
 
-from flax import linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 import optax
 
-from calm_jax import sharding
+from calm_jax import sharding, trees
 from calm_jax.array_types import Array, Params
 
 
@@ -31,34 +30,38 @@ class TrainState:
 
 
 def create(
-  boxed_params: Any, optimizer: optax.GradientTransformation, *, seed: int
+  params: Params, optimizer: optax.GradientTransformation, *, seed: int
 ) -> TrainState:
-  """Makes the state at step 0; boxes of logical axes stay around leaves."""
+  """Makes the state at step 0."""
   return TrainState(
     step=jnp.zeros((), jnp.int32),
-    params=boxed_params,
-    opt_state=optimizer.init(boxed_params),
+    params=params,
+    opt_state=optimizer.init(params),
     rng=jax.random.key_data(jax.random.key(seed)),
   )
 
 
-def shardings(boxed_shapes: TrainState, mesh: Mesh) -> TrainState:
+def shardings(
+  shapes: TrainState, param_shardings: Params, mesh: Mesh
+) -> TrainState:
   """Returns the sharding of each leaf of the state.
 
-  An optimizer slot of its parameter's shape is split as the parameter is; any
-  other slot, such as Adafactor's row and column means, is replicated.
+  An optimizer slot of its parameter's name and shape is split as the parameter
+  is; any other, such as Adafactor's row and column means, is replicated.
+
+  Args:
+    shapes: the state's `jax.eval_shape`.
+    param_shardings: like `shapes.params`, with sharding leaves.
+    mesh: the device mesh.
   """
+  param_shapes = trees.flatten(shapes.params)
+  places = trees.flatten(param_shardings)
 
-  def same_rank_or_unboxed(leaf):
-    if isinstance(leaf, nn.Partitioned):
-      shape = nn.unbox(leaf).shape
-      if len(shape) != len(leaf.names):
-        return nn.unbox(leaf)
-    return leaf
+  def one(path, leaf):
+    name = trees.path_name(path)
+    for param, shape in param_shapes.items():
+      if name.endswith(f'/{param}') and shape.shape == leaf.shape:
+        return places[param]
+    return sharding.replicated(mesh)
 
-  boxed_shapes = jax.tree.map(
-    same_rank_or_unboxed,
-    boxed_shapes,
-    is_leaf=lambda x: isinstance(x, nn.Partitioned),
-  )
-  return sharding.param_shardings(boxed_shapes, mesh)
+  return jax.tree_util.tree_map_with_path(one, shapes)

@@ -13,21 +13,6 @@ import tensorflow as tf
 from calm_jax import data
 from calm_jax.tasks import key_value_generator, key_value_tables
 
-# Rates, relative within a mixture.
-MIXTURES = {
-  'kv_augmenting_donor': {'key_value_pairs': 1.0, 'kv_substitution': 1.0},
-  'kv_anchor_donor': {'numeric_arithmetic': 1.0, 'neutral_text': 1.0},
-  'kv_dc_mix_direct': {
-    'kv_dc_subs': 1.0,
-    'kv_dc_math': 2.0,
-    'kv_dc_numeric': 1.0,
-  },
-  'kv_dc_mix_scratchpad': {
-    'kv_dc_subs': 1.0,
-    'kv_dc_scratchpad': 2.0,
-    'kv_dc_numeric': 1.0,
-  },
-}
 _CHUNK = 1024  # Examples that cross from Python to TensorFlow at once.
 _TEXTS = tf.TensorSpec([None], tf.string)
 
@@ -99,7 +84,7 @@ def _register(size: str, config: key_value_tables.KeyValueConfig) -> None:
       metric_fns=[key_value_generator.exact_match],
       shuffle_buffer_size=None,
     )
-  for name, rates in MIXTURES.items():
+  for name, rates in key_value_generator.MIXTURES.items():
     seqio.MixtureRegistry.add(
       f'{name}_{size}',
       [(f'{task}_{size}', rate) for task, rate in rates.items()],

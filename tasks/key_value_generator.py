@@ -86,11 +86,7 @@ def examples(
   Raises:
     ValueError: if the task, its split or the size does not exist.
   """
-  config = (
-    size
-    if isinstance(size, tables.KeyValueConfig)
-    else _get(tables.SIZES, size)
-  )
+  config = _config(size)
   task = _get(TASKS, task_name)
   _get(dict.fromkeys(task.splits), split)
   if split == 'train':
@@ -102,6 +98,40 @@ def examples(
     )
   for inputs, targets in rows:
     yield {'inputs': inputs, 'targets': targets}
+
+
+def mixture(
+  name: str,
+  size: str | tables.KeyValueConfig,
+  seed: int = 0,
+  start: int = 0,
+) -> Iterator[dict[str, str]]:
+  """Yields the endless training examples of a mixture, without SeqIO.
+
+  Args:
+    name: a key of `MIXTURES`, without the size.
+    size: a key of `SIZES`, or a config.
+    seed: of the stream.
+    start: how many examples to leave out; costs nothing.
+  """
+  rates = _get(MIXTURES, name)
+  names = list(rates)
+  shares = np.array(list(rates.values())) / sum(rates.values())
+  config = _config(size)
+  first, offset = divmod(start, _CHUNK)
+  for chunk in itertools.count(first):
+    rng = tables.generator(config, f'mixture/{name}', seed, chunk)
+    chosen = rng.choice(len(names), _CHUNK, p=shares).tolist()
+    rows = [
+      iter(TASKS[task].draw(config, rng, chosen.count(i)))
+      for i, task in enumerate(names)
+    ]
+    for i in chosen[:offset]:
+      next(rows[i])
+    for i in chosen[offset:]:
+      inputs, targets = next(rows[i])
+      yield {'inputs': inputs, 'targets': targets}
+    offset = 0
 
 
 def final_answer(text: str) -> str:
@@ -218,38 +248,34 @@ def _pairs(
 def _neutral_text(
   config: tables.KeyValueConfig, rng: np.random.Generator, count: int
 ) -> list[tuple[str, str]]:
-  """Writes rows of words, repeated words, and calculations at any offset.
+  """Writes rows of words, repeated spans, and calculations at any offset.
 
-  Keys occur as words, never with their values: what is calculated is drawn
-  without regard to the words around it.
+  No key occurs: to the anchor that learns from these, keys are new words.
   """
   integers = tables.integer_table(config)
   shape = (count, config.parts_per_row)
-  kinds = rng.choice(('words', 'repeat', 'calculation'), shape)
-  needed = np.count_nonzero(kinds == 'calculation')
+  kinds = rng.choice(('words', 'repeat', 'copy', 'calculation'), shape)
+  needed = np.count_nonzero((kinds == 'calculation') | (kinds == 'copy'))
   expressions = iter(_training_expressions(config, rng, 'integers', needed))
   sizes = rng.integers(1, 5, shape).tolist()
   joints = rng.choice(JOINTS, shape).tolist()
-  words = np.where(
-    rng.random((*shape, 4)) < 0.5,
-    rng.choice(tables.NEUTRAL_WORDS, (*shape, 4)),
-    rng.choice(tables.table(config).keys, (*shape, 4)),
-  ).tolist()
+  words = rng.choice(tables.NEUTRAL_WORDS, (*shape, 4)).tolist()
   rows = []
   for row in zip(kinds.tolist(), sizes, joints, words, strict=True):
     text = []
     for kind, size, joint, span in zip(*row, strict=True):
       if kind == 'calculation':
         text += _direct(integers, next(expressions))
+      elif kind == 'copy':
+        copied = next(expressions).text(integers.keys)
+        text += [copied, '->', copied]
+      elif kind == 'repeat':
+        text += [*span[:size], '|', *span[:size]]
       else:
-        text += span[:size] if kind == 'words' else _repeated(span[:size])
+        text += span[:size]
       text.append(joint)
     rows.append(('', ' '.join(text)))
   return rows
-
-
-def _repeated(span: list[str]) -> list[str]:
-  return [*span, '|', *span]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,6 +329,29 @@ TASKS = {
   'kv_dc_scratchpad': _expression_task(_scratchpad, 'held_in', 'train'),
   'kv_dc_numeric': _expression_task(_direct, 'integers', 'train'),
 }
+
+
+# Rates, relative within a mixture.
+MIXTURES = {
+  'kv_augmenting_donor': {'key_value_pairs': 1.0, 'kv_substitution': 2.0},
+  'kv_anchor_donor': {'numeric_arithmetic': 8.0, 'neutral_text': 1.0},
+  'kv_dc_mix_direct': {
+    'kv_dc_subs': 1.0,
+    'kv_dc_math': 2.0,
+    'kv_dc_numeric': 1.0,
+  },
+  'kv_dc_mix_scratchpad': {
+    'kv_dc_subs': 1.0,
+    'kv_dc_scratchpad': 2.0,
+    'kv_dc_numeric': 1.0,
+  },
+}
+
+
+def _config(size: str | tables.KeyValueConfig) -> tables.KeyValueConfig:
+  if isinstance(size, tables.KeyValueConfig):
+    return size
+  return _get(tables.SIZES, size)
 
 
 def _get(choices: Mapping[str, Any], name: str) -> Any:

@@ -217,9 +217,7 @@ def apply_rope(x_BTNH: Array, positions_BT: Array, frequencies: Array) -> Array:
     positions_BT: int32 positions within each segment.
     frequencies: float32 [H // 2], from `rope_frequencies`.
   """
-  angle = jnp.einsum(
-    'BT,h->BTh', positions_BT.astype(jnp.float32), frequencies
-  )
+  angle = jnp.einsum('BT,h->BTh', positions_BT.astype(jnp.float32), frequencies)
   sin, cos = jnp.sin(angle)[:, :, None, :], jnp.cos(angle)[:, :, None, :]
   first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
   rotated = [first * cos - second * sin, second * cos + first * sin]
