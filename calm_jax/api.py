@@ -27,7 +27,6 @@ class Model:
     params: nested parameters of `composed`, on the mesh.
     spec: description of the anchor.
     fingerprints: SHA-256 of each frozen model by name.
-    augmenting: the augmenting `Model`s by name.
     mesh: where the parameters are.
   """
 
@@ -39,14 +38,12 @@ class Model:
     spec: ModelSpec,
     fingerprints: Mapping[str, str],
     mesh: Mesh,
-    augmenting: Mapping[str, 'Model'] | None = None,
   ):
     self.composed = composed
     self.params = params
     self.spec = spec
     self.fingerprints = dict(fingerprints)
     self.mesh = mesh
-    self.augmenting = dict(augmenting or {})
     self._forward = jax.jit(composed.__call__)
     self._generate = functools.cache(self._make_generate)  # by length
 
@@ -128,6 +125,20 @@ class Model:
         metrics.connection_table(self.composed),
         metrics.parameter_report(self.params, trainable=trainable),
       ]
+    )
+
+  def disconnected(self) -> 'Model':
+    """Returns the model with each connection's W_O at zero, as a control."""
+    theta = {
+      key: {**one, 'out': jax.tree.map(jnp.zeros_like, one['out'])}
+      for key, one in self.params['composition'].items()
+    }
+    return Model(
+      self.composed,
+      {**self.params, 'composition': theta},
+      spec=self.spec,
+      fingerprints=self.fingerprints,
+      mesh=self.mesh,
     )
 
   def save(self, directory: str | pathlib.Path) -> None:
@@ -217,7 +228,6 @@ def compose(
       **{name: model.fingerprint for name, model in augmenting.items()},
     },
     mesh=anchor.mesh,
-    augmenting=augmenting,
   )
 
 

@@ -214,6 +214,35 @@ class ArrayBatches:
       np.random.default_rng((self._seed, self._epoch)).shuffle(self._order)
 
 
+def npz_batches(
+  *,
+  path: str,
+  batch_size: int,
+  seed: int,
+  vocabulary: object = None,
+) -> ArrayBatches:
+  """Returns the rows of an .npz file as batches: no SeqIO, no TensorFlow.
+
+  Args:
+    path: a file with one array [N, T] under each key of a batch.
+    batch_size: B.
+    seed: of the order.
+    vocabulary: not used; every iterator factory is given it.
+  """
+  del vocabulary
+  try:
+    with np.load(path) as file:
+      rows = dict(file)
+  except (OSError, ValueError) as error:
+    raise ValueError(f'{path!r} cannot be read as .npz: {error}.') from error
+  wanted = set(empty_batch((1, 1), pad_id=0))
+  if set(rows) != wanted:
+    raise ValueError(
+      f'{path!r} holds the arrays {sorted(rows)}; a batch has {sorted(wanted)}.'
+    )
+  return ArrayBatches(rows, batch_size=batch_size, seed=seed)
+
+
 class Prefetcher:
   """Makes batches in a daemon thread, so that a step need not wait for them.
 

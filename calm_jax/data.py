@@ -231,6 +231,22 @@ def seqio_batches(
   )
 
 
+def task_vocabulary(mixture_or_task_name: str) -> vocabularies.Vocabulary:
+  """Returns our vocabulary of the targets of a registered task or mixture."""
+  vocabulary = (
+    _provider(mixture_or_task_name, 'train')
+    .output_features['targets']
+    .vocabulary
+  )
+  if not isinstance(vocabulary, SeqIOVocabulary):
+    raise ValueError(
+      f'{mixture_or_task_name!r} has a vocabulary of SeqIO itself, a'
+      f' {type(vocabulary).__name__}. Wrap one of calm_jax.vocabularies in'
+      ' data.SeqIOVocabulary in its features.'
+    )
+  return vocabulary.vocabulary
+
+
 class PrefixLMFeatureConverter(seqio.FeatureConverter):
   """The layout of `calm_jax.batches`, one example a row, inside SeqIO.
 

@@ -27,13 +27,14 @@ def load_systems(
     model_dir: of the run that trained the composition.
     anchor: the frozen anchor.
     augmenting: the frozen augmenting models by name.
-    systems: 'anchor', 'composed', or names of augmenting models.
+    systems: 'anchor', 'composed', 'disconnected' (composed, with every
+      connection's output at zero: a control), or names of augmenting models.
     random_seed: of models with random weights; the training run's.
 
   Raises:
     ValueError: for an unknown system, or a composition of other models.
   """
-  allowed = ['anchor', *augmenting, 'composed']
+  allowed = ['anchor', *augmenting, 'composed', 'disconnected']
   unknown = [name for name in systems if name not in allowed]
   if unknown:
     raise ValueError(f'Unknown systems {unknown}; choose from {allowed}.')
@@ -41,12 +42,13 @@ def load_systems(
   models = {'anchor': api.from_spec(anchor, mesh=mesh, seed=random_seed)}
   for i, (name, spec) in enumerate(sorted(augmenting.items())):
     models[name] = api.from_spec(spec, mesh=mesh, seed=random_seed + 1 + i)
-  if 'composed' in systems:
+  if {'composed', 'disconnected'} & set(systems):
     models['composed'] = api.load_composition(
       model_dir,
       anchor=models['anchor'],
       augmenting={name: models[name] for name in augmenting},
     )
+    models['disconnected'] = models['composed'].disconnected()
   return {name: models[name] for name in systems}
 
 
@@ -70,7 +72,7 @@ def evaluate(
     anchor: the frozen anchor.
     tasks: splits by name of the SeqIO task.
     augmenting: the frozen augmenting models by name.
-    systems: 'anchor', 'composed', or names of augmenting models.
+    systems: see `load_systems`.
     batch_size: rows decoded at once.
     max_new_tokens: at most so many tokens an answer.
     num_examples: of each split; all if None.

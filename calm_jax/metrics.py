@@ -1,6 +1,6 @@
-"""What a run tells: parameter report, progress line, metrics files, FLOPs."""
+"""What a run tells: connections, parameters, progress, metrics files."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import json
 import pathlib
 import time
@@ -80,81 +80,96 @@ def bytes_per_device(tree: Any) -> int:
   return total
 
 
-class MetricWriter:
-  """Writes `metrics.jsonl` and TensorBoard events; on process 0 only."""
+class Log:
+  """Progress lines, `metrics.jsonl` and TensorBoard; writes on process 0 only.
 
-  def __init__(self, directory: pathlib.Path, *, resume_step: int = 0):
-    """Opens the files; drops what was logged after the restored step."""
+  Attributes:
+    last: the metrics of the last call of `write`.
+  """
+
+  def __init__(
+    self,
+    directory: pathlib.Path,
+    *,
+    first_step: int,
+    last_step: int,
+    schedule: Callable[[int], Any],
+    step_flops: Callable[[int, int], float],
+  ):
+    """Opens the files; drops what was logged after the restored step.
+
+    Args:
+      directory: MODEL_DIR.
+      first_step: steps already made.
+      last_step: steps in the whole run.
+      schedule: learning rate by step.
+      step_flops: F_min from tokens in a step and positions in a row.
+    """
+    self.last: dict[str, float] = {}
+    self._steps = first_step, last_step
+    self._schedule, self._step_flops = schedule, step_flops
+    self._peak = peak_flops()
     self._file: TextIO | None = None
-    if jax.process_index():
-      return
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / 'metrics.jsonl'
-    kept = []
-    if path.exists():
-      for line in path.read_text().splitlines():
-        try:
-          row = json.loads(line)
-        except json.JSONDecodeError:  # cut off by a kill
-          continue
-        if row['step'] <= resume_step:
-          kept.append(line + '\n')
-    temporary = path.with_suffix('.tmp')
-    temporary.write_text(''.join(kept))
-    temporary.replace(path)
-    self._file = path.open('a')
-    self._board = tensorboardX.SummaryWriter(
-      str(directory / 'tensorboard'), purge_step=resume_step + 1
-    )
+    if jax.process_index() == 0:
+      directory.mkdir(parents=True, exist_ok=True)
+      self._file = _reopen(directory / 'metrics.jsonl', first_step)
+      self._board = tensorboardX.SummaryWriter(
+        str(directory / 'tensorboard'), purge_step=first_step + 1
+      )
 
-  def write(self, step: int, metrics: Mapping[str, float]) -> None:
-    if self._file is None:
-      return
-    self._file.write(json.dumps({'step': step, **metrics}) + '\n')
-    self._file.flush()
-    for name, value in metrics.items():
-      self._board.add_scalar(name, value, step)
+  def start(self, batch_shape: tuple[int, int], wait_seconds: float) -> None:
+    """Starts the clock, once the step has compiled.
+
+    Args:
+      batch_shape: [B, T].
+      wait_seconds: time spent waiting for data until now.
+    """
+    self._tokens = batch_shape[0] * batch_shape[1]
+    self._flops = self._step_flops(self._tokens, batch_shape[1])
+    self._start = self._then = time.perf_counter()
+    self._step, self._wait = self._steps[0] + 1, wait_seconds
+
+  def write(
+    self, step: int, measured: Mapping[str, Any], *, wait_seconds: float
+  ) -> None:
+    """Logs one step, and rates since the last one logged.
+
+    Args:
+      step: steps made by now.
+      measured: scalars of the train step.
+      wait_seconds: total time spent waiting for data so far.
+
+    Raises:
+      FloatingPointError: if the loss is not finite.
+    """
+    self.check_finite(step, measured)
+    values = {f'train/{k}': float(v) for k, v in measured.items()}
+    values['train/learning_rate'] = float(self._schedule(step - 1))
+    values |= self._rates(step, wait_seconds)
+    self.last = values
+    if self._file is not None:
+      self._file.write(json.dumps({'step': step, **values}) + '\n')
+      self._file.flush()
+      for name, value in values.items():
+        self._board.add_scalar(name, value, step)
+      print(self._line(step, values), flush=True)
+
+  def check_finite(self, step: int, measured: Mapping[str, Any]) -> None:
+    """Raises FloatingPointError, naming the step, unless the loss is finite."""
+    loss = float(measured['loss'])
+    if not np.isfinite(loss):
+      raise FloatingPointError(
+        f'The loss of step {step} is {loss}. It was not saved; lower the'
+        ' learning rate, or look at the data, and start again by the same'
+        ' command: it continues at the last checkpoint.'
+      )
 
   def close(self) -> None:
     if self._file is not None:
       self._file.close()
       self._board.close()
 
-
-class Progress:
-  """Turns counts into rates, and rates into one line."""
-
-  def __init__(
-    self,
-    *,
-    first_step: int,
-    last_step: int,
-    flops: float,
-    tokens: int,
-    wait_seconds: float,
-  ):
-    """Starts the clock.
-
-    Args:
-      first_step: steps already made.
-      last_step: steps in the whole run.
-      flops: F_min of one step, for MFU.
-      tokens: positions in one step, padding included.
-      wait_seconds: time spent waiting for data until now.
-    """
-    self._first, self._last = first_step, last_step
-    self._flops, self._tokens = flops, tokens
-    self._start = self._then = time.perf_counter()
-    self._step, self._wait = first_step, wait_seconds
-    self._peak = peak_flops()
-
-  def rates(self, step: int, *, wait_seconds: float) -> dict[str, float]:
-    """Returns the rates since the last call; none right after the start.
-
-    Args:
-      step: steps made by now.
-      wait_seconds: total time spent waiting for data so far.
-    """
+  def _rates(self, step: int, wait_seconds: float) -> dict[str, float]:
     now = time.perf_counter()
     seconds, steps = now - self._then, step - self._step
     if not steps:
@@ -169,24 +184,40 @@ class Progress:
     self._then, self._step, self._wait = now, step, wait_seconds
     return rates
 
-  def line(self, step: int, metrics: Mapping[str, float]) -> str:
-    """Returns the progress line."""
+  def _line(self, step: int, values: Mapping[str, float]) -> str:
+    first, last = self._steps
     parts = [
-      f'step {step:>6}/{self._last}',
-      f'loss {metrics["train/loss"]:.4f}',
-      f'acc {metrics["train/accuracy"]:.3f}',
+      f'step {step:>6}/{last}',
+      f'loss {values["train/loss"]:.4f}',
+      f'acc {values["train/accuracy"]:.3f}',
     ]
-    if step > self._first:
+    if 'train/tokens_per_second' in values:
       spent = time.perf_counter() - self._start
-      eta = spent / (step - self._first) * (self._last - step)
+      eta = spent / (step - first - 1) * (last - step)
       parts += [
-        f'{metrics["train/tokens_per_second"]:,.0f} tok/s',
-        f'data wait {metrics["train/data_wait_percent"]:.1f}%',
+        f'{values["train/tokens_per_second"]:,.0f} tok/s',
+        f'data wait {values["train/data_wait_percent"]:.1f}%',
       ]
-      if 'train/mfu' in metrics:
-        parts.append(f'MFU {100 * metrics["train/mfu"]:.1f}%')
+      if 'train/mfu' in values:
+        parts.append(f'MFU {100 * values["train/mfu"]:.1f}%')
       parts.append(f'ETA {_clock(eta)}')
     return ' | '.join(parts)
+
+
+def _reopen(path: pathlib.Path, last_step: int) -> TextIO:
+  """Opens a JSONL file for appending, cut to the rows up to `last_step`."""
+  kept = []
+  for line in path.read_text().splitlines() if path.exists() else []:
+    try:
+      row = json.loads(line)
+    except json.JSONDecodeError:  # cut off by a kill
+      continue
+    if row['step'] <= last_step:
+      kept.append(line + '\n')
+  temporary = path.with_suffix('.tmp')
+  temporary.write_text(''.join(kept))
+  temporary.replace(path)
+  return path.open('a')
 
 
 def _clock(seconds: float) -> str:

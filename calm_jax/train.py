@@ -12,7 +12,6 @@ from typing import Any, Literal
 from flax import linen as nn
 import jax
 from jax.sharding import Mesh
-import numpy as np
 
 from calm_jax import (
   assembly,
@@ -97,21 +96,18 @@ def train(
   sharding.check_batch_size(batch_size // microbatches, mesh)
   boxed = jax.eval_shape(model.init_params, jax.random.key(random_seed))
   places = sharding.param_shardings(boxed, mesh)
-  say = print if jax.process_index() == 0 else lambda *_: None
+  shapes = nn.unbox(boxed)
   say(metrics.connection_table(model))
-  say(metrics.parameter_report(nn.unbox(boxed), trainable=trainable))
+  say(metrics.parameter_report(shapes, trainable=trainable))
 
   # --- Frozen weights --------------------------------------------------------
-  frozen, fingerprints = {}, {}
+  frozen = {}
   if trainable == 'composition':
     loaded = assembly.load_all(
       model, anchor, augmenting, mesh=mesh, seed=random_seed
     )
-    for name, one in loaded.items():
-      fingerprints[name] = one.fingerprint
-      say(f'{name}: {one.origin}, fingerprint {one.fingerprint[:16]}, frozen')
     frozen = assembly.frozen_tree(loaded)
-    _claim_directory(directory, model, fingerprints)
+    _claim_directory(directory, model, loaded)
   if summarize_config is not None and jax.process_index() == 0:
     directory.mkdir(parents=True, exist_ok=True)
     summarize_config(directory)
@@ -125,33 +121,19 @@ def train(
       {trainable: params[trainable]}, update, seed=random_seed
     )
 
-  state_shapes = jax.eval_shape(create_state)
   state_places = train_state.shardings(
-    state_shapes, {trainable: places[trainable]}, mesh
-  )
-  saved = checkpoints.Checkpoints(
-    directory / 'checkpoints', keep=keep_checkpoints
+    jax.eval_shape(create_state), {trainable: places[trainable]}, mesh
   )
   batches = make_batches(
     batch_size=batch_size, seed=random_seed, vocabulary=anchor.vocabulary
   )
-  restored = saved.restore(
-    jax.tree.map(
-      lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-      state_shapes,
-      state_places,
-    ),
-    warn=say,
+  saved = checkpoints.Checkpoints(
+    directory / 'checkpoints', keep=keep_checkpoints
   )
-  if restored is None:
-    state = jax.jit(create_state, out_shardings=state_places)()
-    say(f'{trainable}: fresh, seed {random_seed}')
-  else:
-    state, data_state = restored
-    batches.restore(data_state)
-    say(f'{trainable}: restored at step {int(state.step)}')
+  state = _restore_or_create(saved, create_state, state_places, batches)
   first_step = int(state.step)
   held = metrics.bytes_per_device(frozen), metrics.bytes_per_device(state)
+  say(f'{trainable}: trained from step {first_step}, seed {random_seed}')
   say(f'bytes per device: {held[0]:,} frozen, {held[1]:,} trained + optimizer')
 
   # --- The step --------------------------------------------------------------
@@ -164,10 +146,16 @@ def train(
   )
 
   # --- Train -----------------------------------------------------------------
-  writer = metrics.MetricWriter(directory, resume_step=first_step)
   feed = Prefetcher(batches)
-  schedule = optimizer.schedule(train_steps)
-  progress, logged = None, {}
+  log = metrics.Log(
+    directory,
+    first_step=first_step,
+    last_step=train_steps,
+    schedule=optimizer.schedule(train_steps),
+    step_flops=lambda tokens, length: flops.least(
+      model, shapes, trainable=trainable, tokens=tokens, length=length
+    ),
+  )
   try:
     with jax.set_mesh(mesh):
       for step in range(first_step + 1, train_steps + 1):
@@ -175,48 +163,31 @@ def train(
         state, measured = step_fn(
           state, frozen, sharding.put_batch(batch, mesh)
         )
-        if progress is None:  # compiled: the clock starts here
+        if step == first_step + 1:  # compiled: the clock starts here
           jax.block_until_ready(state.step)
-          shape = batch['decoder_input_tokens'].shape
-          least = flops.least(
-            model,
-            nn.unbox(boxed),
-            trainable=trainable,
-            tokens=shape[0] * shape[1],
-            length=shape[1],
-          )
-          progress = metrics.Progress(
-            first_step=step,
-            last_step=train_steps,
-            flops=least,
-            tokens=shape[0] * shape[1],
-            wait_seconds=feed.wait_seconds,
-          )
+          log.start(batch['decoder_input_tokens'].shape, feed.wait_seconds)
         if step % log_every == 0 or step == train_steps:
-          logged = {f'train/{k}': float(v) for k, v in measured.items()}
-          if not np.isfinite(logged['train/loss']):
-            raise FloatingPointError(
-              f'The loss of step {step} is {logged["train/loss"]}. Nothing'
-              f' after step {max(saved.steps(), default=0)} was saved; lower'
-              ' the learning rate, or look at the data of these steps.'
-            )
-          logged['train/learning_rate'] = float(schedule(step - 1))
-          logged |= progress.rates(step, wait_seconds=feed.wait_seconds)
-          writer.write(step, logged)
-          say(progress.line(step, logged))
+          log.write(step, measured, wait_seconds=feed.wait_seconds)
         if step % checkpoint_every == 0 or step == train_steps:
+          log.check_finite(step, measured)  # never save a broken state
           saved.save(state, data_state=feed.state())
   finally:
     feed.close()
-    writer.close()
+    log.close()
     saved.close()
 
   # --- Export ----------------------------------------------------------------
-  _export(
-    directory, model, anchor, state.params[trainable], trainable, export_dtype
-  )
+  if jax.process_index() == 0:
+    theta = state.params[trainable]
+    _export(directory, model, anchor, theta, trainable, export_dtype)
   say(f'Done: step {train_steps} in {directory}')
-  return logged
+  return log.last
+
+
+def say(text: str) -> None:
+  """Prints a line, on process 0 only."""
+  if jax.process_index() == 0:
+    print(text, flush=True)
 
 
 def _check(
@@ -243,9 +214,14 @@ def _check(
 
 
 def _claim_directory(
-  directory: pathlib.Path, model: ComposedLM, fingerprints: Mapping[str, str]
+  directory: pathlib.Path,
+  model: ComposedLM,
+  loaded: Mapping[str, assembly.Loaded],
 ) -> None:
   """Writes calm_config.json, or checks that the one there is of this run."""
+  for name, one in loaded.items():
+    say(f'{name}: {one.origin}, fingerprint {one.fingerprint[:16]}, frozen')
+  fingerprints = {name: one.fingerprint for name, one in loaded.items()}
   if (directory / run_files.CONFIG_FILE).exists():
     config, expected = run_files.read_config(directory)
     run_files.check_fingerprints(expected, fingerprints, where=directory)
@@ -259,6 +235,26 @@ def _claim_directory(
     run_files.write_config(directory, model, fingerprints)
 
 
+def _restore_or_create(
+  saved: checkpoints.Checkpoints,
+  create_state: Callable[[], train_state.TrainState],
+  places: train_state.TrainState,
+  batches: BatchIterator,
+) -> train_state.TrainState:
+  """Returns the newest good checkpoint, its data position set, or step 0."""
+  wanted = jax.tree.map(
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    jax.eval_shape(create_state),
+    places,
+  )
+  restored = saved.restore(wanted, warn=say)
+  if restored is None:
+    return jax.jit(create_state, out_shardings=places)()
+  state, data_state = restored
+  batches.restore(data_state)
+  return state
+
+
 def _export(
   directory: pathlib.Path,
   model: ComposedLM,
@@ -267,9 +263,7 @@ def _export(
   trainable: str,
   export_dtype: str | None,
 ) -> None:
-  """Writes what was trained as safetensors; on process 0."""
-  if jax.process_index():
-    return
+  """Writes what was trained as safetensors."""
   if trainable == 'composition':
     run_files.write_composition(directory, params)
     return

@@ -1,0 +1,199 @@
+"""Runs the key-value experiment stage by stage; launch/run.sh calls this.
+
+Every stage is a command that could be typed by hand, and is printed. A stage
+whose product exists is not run again; training resumes at its last checkpoint.
+"""
+
+import argparse
+from collections.abc import Sequence
+import json
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+import time
+
+import kv_quick_report as report
+
+FORMATS = ('direct', 'scratchpad')
+EVALUATION = {
+  'direct': 'kv_quick_evaluate.gin',
+  'scratchpad': 'kv_quick_evaluate_scratchpad.gin',
+}
+DONORS = ('augmenting', 'anchor')
+
+
+class Stage:
+  """One command, the file that shows it has ended, and what it prints."""
+
+  def __init__(self, product: pathlib.Path, module: str, *arguments: str):
+    self.product = product
+    self.command = [sys.executable, '-m', f'calm_jax.{module}', *arguments]
+    self.log = product.parent / f'{module}.log'
+
+  def start(self, threads: int) -> subprocess.Popen:
+    shown = shlex.join(['python', *self.command[1:]])
+    print(f'\n$ {shown}\n  (log: {self.log})', flush=True)
+    self.log.parent.mkdir(parents=True, exist_ok=True)
+    environment = dict(os.environ)
+    if threads == 1:  # two small programs share two cores best one each
+      flags = environment.get('XLA_FLAGS', '')
+      environment['XLA_FLAGS'] = (
+        f'{flags} --xla_cpu_multi_thread_eigen=false'.strip()
+      )
+    with self.log.open('a') as log:
+      return subprocess.Popen(
+        self.command, stdout=log, stderr=subprocess.STDOUT, env=environment
+      )
+
+
+def run(stages: Sequence[Stage]) -> None:
+  """Runs the stages that are not finished, side by side where cores allow."""
+  waiting = []
+  for stage in stages:
+    if stage.product.exists():
+      print(f'finished before: {stage.product}')
+    else:
+      waiting.append(stage)
+  at_once = max(1, min(len(waiting), os.cpu_count() or 1))
+  while waiting:
+    now, waiting = waiting[:at_once], waiting[at_once:]
+    running = [(s, s.start(threads=1 if len(now) > 1 else 0)) for s in now]
+    try:
+      _watch(running)
+    finally:
+      for _, process in running:
+        process.terminate()
+      for _, process in running:
+        process.wait()
+
+
+def _watch(running: list[tuple[Stage, subprocess.Popen]]) -> None:
+  """Shows the last line of each log until all have ended."""
+  shown: dict[Stage, str] = {}
+  while True:
+    ended = [process.poll() is not None for _, process in running]
+    for stage, process in running:
+      lines = stage.log.read_text(errors='replace').splitlines()
+      lines = [x for x in lines if x.startswith(('step ', 'Done', 'composed '))]
+      if lines and shown.get(stage) != lines[-1]:
+        shown[stage] = lines[-1]
+        print(f'[{stage.log.parent.name}] {lines[-1]}', flush=True)
+      if process.poll() not in (None, 0):
+        tail = '\n'.join(
+          stage.log.read_text(errors='replace').splitlines()[-15:]
+        )
+        sys.exit(
+          f'{tail}\nerror: the stage of {stage.product} ended with code'
+          f' {process.returncode}; the lines above are the end of {stage.log}.'
+          ' Run the same command again to continue.'
+        )
+    if all(ended):
+      return
+    time.sleep(0.5)
+
+
+def gin(name: str, **macros: object) -> list[str]:
+  """Returns the flags of an experiment with some macros set."""
+  bindings = [f'--gin.{k}={v!r}' for k, v in macros.items()]
+  return [f'--gin_file=experiments/{name}', *bindings]
+
+
+def donor_stages(out: pathlib.Path) -> list[Stage]:
+  """Returns the trainings of the two donors from scratch."""
+  return [
+    Stage(
+      out / 'donors' / name / 'model' / 'model.safetensors',
+      'train',
+      *gin(f'kv_quick_donor_{name}.gin', MODEL_DIR=str(out / 'donors' / name)),
+    )
+    for name in DONORS
+  ]
+
+
+def composition_stages(
+  out: pathlib.Path, seed: int, donors: dict[str, str], *, prefix: str = ''
+) -> tuple[list[Stage], list[Stage]]:
+  """Returns the training and the evaluation of both formats for one seed."""
+  train, evaluate = [], []
+  for answer in FORMATS:
+    run_dir = out / f'{prefix}{answer}_seed{seed}'
+    macros = {'MODEL_DIR': str(run_dir), 'RANDOM_SEED': seed, **donors}
+    train.append(
+      Stage(
+        run_dir / 'composition.safetensors',
+        'train',
+        *gin(f'kv_quick_{answer}.gin', **macros),
+      )
+    )
+    systems = {'SYSTEMS': ('composed', 'disconnected')} if prefix else {}
+    evaluate.append(
+      Stage(
+        run_dir / 'eval' / 'results.json',
+        'evaluate',
+        *gin(EVALUATION[answer], **macros, **systems),
+      )
+    )
+  return train, evaluate
+
+
+def main() -> None:
+  """Runs the stages that the flags ask for, then writes the results."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument(
+    '--from_scratch', action='store_true', help='train the two donors anew'
+  )
+  parser.add_argument(
+    '--controls',
+    action='store_true',
+    help='also a random augmenting model, and connections removed',
+  )
+  parser.add_argument(
+    '--seeds', default='0', help='seeds of the composition, such as 0,1,2'
+  )
+  parser.add_argument('--out', default='runs/kv_quick', help='results folder')
+  flags = parser.parse_args()
+  try:
+    seeds = [int(seed) for seed in flags.seeds.split(',')]
+  except ValueError:
+    parser.error(f'--seeds={flags.seeds} must be integers, such as 0,1,2')
+  out = pathlib.Path(flags.out)
+  donors = {}
+  if flags.from_scratch:
+    out = out / 'from_scratch'
+    donors = {
+      f'{name.upper()}_PATH': str(out / 'donors' / name / 'model')
+      for name in DONORS
+    }
+    run(donor_stages(out))
+  started = time.time()
+  for seed in seeds:
+    train, evaluate = composition_stages(out, seed, donors)
+    run(train)
+    run(evaluate)
+  print(
+    f'\nTrained and evaluated in {(time.time() - started) / 60:.1f} minutes'
+  )
+  if flags.controls:
+    control = {**donors, 'AUGMENTING_WEIGHTS': 'random'}
+    train, evaluate = composition_stages(
+      out, seeds[0], control, prefix='random_'
+    )
+    run(train)
+    run(evaluate)
+  results = report.collect(out, seeds, controls=flags.controls)
+  (out / 'results.json').write_text(json.dumps(results, indent=2) + '\n')
+  table = report.markdown(results)
+  (out / 'results.md').write_text(table)
+  report.picture(results, out, seeds, out / 'results.png')
+  print(f'\n{table}\nWritten: {out}/results.json, results.md, results.png')
+
+
+if __name__ == '__main__':
+  try:
+    main()
+  except KeyboardInterrupt:
+    sys.exit(
+      '\nInterrupted. The same command continues where this one stopped.'
+    )

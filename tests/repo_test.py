@@ -1,0 +1,232 @@
+"""The shape of the tree: floors, doorways, sizes. Run: pytest tests/repo_test.py
+
+The table below is the one of docs/design.md, section 1. A new module gets a
+place in it, or the first test fails.
+"""
+
+import ast
+import functools
+import graphlib
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = ROOT / 'calm_jax'
+
+# A module imports from lower floors; the table below allows the few others.
+FLOORS = (
+  'array_types trees',
+  'masks losses sharding vocabularies',
+  'models.layers models.config models.attention models.transformer'
+  ' models.pretrained',
+  'connections composition',
+  'optimizers train_state batches data checkpoints metrics flops assembly'
+  ' run_files',
+  'train_step decoding evaluation',
+  'api evaluate infer train gin_setup',
+)
+# What a module may import of its own floor.
+WITHIN_A_FLOOR = {
+  'sharding': '',
+  'models.config': 'models.layers',
+  'models.attention': 'models.layers models.config',
+  'models.transformer': 'models.layers models.config models.attention',
+  'models.pretrained': 'models.layers models.config',
+  'composition': 'connections',
+  'checkpoints': 'train_state',
+  'data': 'batches',
+  'evaluate': 'api',
+  'infer': 'evaluate',
+  'gin_setup': 'evaluate infer train',
+}
+NO_FLOOR = {'__init__', 'models.__init__'}  # import nothing of ours
+# Who may import a library at all, be it inside a function.
+DOORWAYS = {
+  'gin': {'gin_setup'},
+  'absl': {'gin_setup'},
+  'orbax': {'checkpoints'},
+  'seqio': {'data', 'evaluation'},
+  'tensorflow': {'data', 'evaluation'},
+  'torch': set(),
+  'transformers': set(),
+}
+# From the command to the gradient, in the order of reading.
+READING_PATH = (
+  'train train_step composition models.transformer models.attention losses'
+  ' batches'
+).split()
+MAX_FILE, MAX_FUNCTION, MAX_READING_PATH = 400, 80, 1500
+LONGER_FUNCTIONS = {('train', 'train'): 150}
+
+
+def modules():
+  """Maps 'models.layers' to its file."""
+  return {
+    '.'.join(file.relative_to(PACKAGE).with_suffix('').parts): file
+    for file in sorted(PACKAGE.rglob('*.py'))
+  }
+
+
+def our_files():
+  return [*modules().values(), *sorted((ROOT / 'tasks').rglob('*.py'))]
+
+
+@functools.cache
+def tree_of(file):
+  return ast.parse(file.read_text())
+
+
+def is_main_block(node):
+  return (
+    isinstance(node, ast.If)
+    and ast.unparse(node.test) == "__name__ == '__main__'"
+  )
+
+
+def imports(file):
+  """Lists every dotted name a file imports, outside its main block.
+
+  `from a import b` counts as 'a.b': b may be a module.
+  """
+  found = []
+  todo = [node for node in tree_of(file).body if not is_main_block(node)]
+  while todo:
+    node = todo.pop()
+    todo += ast.iter_child_nodes(node)
+    if isinstance(node, ast.Import):
+      found += [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+      assert not node.level, f'{file}: relative import, line {node.lineno}'
+      found += [f'{node.module}.{alias.name}' for alias in node.names]
+  return found
+
+
+def own_imports(file):
+  """Lists the modules of calm_jax that a file imports."""
+  ours = set()
+  for name in imports(file):
+    if name.split('.')[0] != 'calm_jax':
+      continue
+    parts = name.split('.')[1:]
+    while parts and '.'.join(parts) not in modules():
+      parts.pop()
+    ours.add('.'.join(parts) or '__init__')
+  return ours
+
+
+def floor_of():
+  return {
+    name: number
+    for number, floor in enumerate(FLOORS)
+    for name in floor.split()
+  }
+
+
+def test_every_module_has_a_floor():
+  assert set(modules()) - NO_FLOOR == set(floor_of())
+
+
+@pytest.mark.parametrize('name', modules())
+def test_a_module_imports_from_lower_floors_only(name):
+  if name in NO_FLOOR:
+    assert not own_imports(modules()[name])
+    return
+  floors = floor_of()
+  same_floor = set()
+  for other in own_imports(modules()[name]):
+    assert floors[other] <= floors[name], f'{name} imports {other} from above'
+    if floors[other] == floors[name]:
+      same_floor.add(other)
+  assert same_floor == set(WITHIN_A_FLOOR.get(name, '').split())
+
+
+def test_nothing_imports_in_a_circle():
+  graph = {name: own_imports(file) for name, file in modules().items()}
+  graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_gin_setup_is_imported_by_main_blocks_only():
+  """And a main block does nothing but hand over to it."""
+  for name, file in modules().items():
+    assert 'gin_setup' not in own_imports(file)
+    for block in filter(is_main_block, tree_of(file).body):
+      assert [ast.unparse(line) for line in block.body] == [
+        'from calm_jax import gin_setup',
+        f"gin_setup.main('{name}')",
+      ]
+
+
+@pytest.mark.parametrize('library', DOORWAYS)
+def test_doorways(library):
+  users = {
+    name
+    for name, file in modules().items()
+    if library in {imported.split('.')[0] for imported in imports(file)}
+  }
+  assert users <= DOORWAYS[library]
+
+
+def test_tasks_are_imported_by_one_name():
+  """By two names, each task would be registered twice."""
+  for file in our_files():
+    assert 'tasks' not in {name.split('.')[0] for name in imports(file)}, file
+
+
+@pytest.mark.parametrize(
+  'file', our_files(), ids=lambda f: str(f.relative_to(ROOT))
+)
+def test_sizes(file):
+  lines = file.read_text().splitlines()
+  assert len(lines) <= MAX_FILE
+  for node in ast.walk(tree_of(file)):
+    if isinstance(node, ast.FunctionDef):
+      limit = LONGER_FUNCTIONS.get((file.stem, node.name), MAX_FUNCTION)
+      assert node.end_lineno - node.lineno + 1 <= limit, node.name
+
+
+def test_the_reading_path_is_short():
+  lengths = {
+    name: len(modules()[name].read_text().splitlines()) for name in READING_PATH
+  }
+  assert len(lengths) <= 7
+  assert sum(lengths.values()) <= MAX_READING_PATH, lengths
+
+
+def test_no_utils_and_nothing_that_shadows_gin():
+  names = [path.name for path in our_files()]
+  assert not {'utils.py', 'util.py', 'helpers.py'} & set(names)
+  assert not list((ROOT / 'gin').rglob('*.py'))
+
+
+def run_python(code):
+  """Runs a fresh interpreter in the root of the repository."""
+  done = subprocess.run(
+    [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
+  return done.stdout.split()
+
+
+def test_gin_is_the_library_in_the_root_of_the_repository():
+  assert run_python('import gin; print(callable(gin.parse_config))') == ['True']
+
+
+def test_importing_calm_jax_is_free():
+  code = 'import sys, calm_jax; print("jax" in sys.modules, *dir(calm_jax))'
+  jax_is_there, *_ = run_python(code)
+  assert jax_is_there == 'False'
+
+
+@pytest.mark.slow
+def test_training_and_the_interface_import_no_tensorflow():
+  code = (
+    'import sys, calm_jax, calm_jax.train, calm_jax.infer, calm_jax.gin_setup\n'
+    'calm_jax.compose\n'
+    'print(*{name.split(".")[0] for name in sys.modules})'
+  )
+  loaded = set(run_python(code))
+  assert 'calm_jax' in loaded
+  assert not {'tensorflow', 'seqio', 'torch', 'transformers'} & loaded

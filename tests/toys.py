@@ -1,0 +1,60 @@
+"""Toy weights, vocabularies and model directories that need no compiling."""
+
+import functools
+import zlib
+
+from flax import linen as nn
+import jax
+import numpy as np
+
+from calm_jax import trees, vocabularies
+from calm_jax.models import pretrained
+
+TABLE_STDDEV = 0.3
+
+
+@functools.cache
+def boxed_shapes(model):
+  """Shapes of all parameters, with their logical axes."""
+  return jax.eval_shape(model.init_params, jax.random.key(0))
+
+
+def params(model, *, seed=0, zero_output=False):
+  """Numpy weights of a `ComposedLM` or `DecoderLM`, by name.
+
+  A jitted init takes ten seconds to compile for what is a few random arrays.
+  """
+
+  def one(name, leaf):
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    if name.endswith('scale'):
+      array = 1 + 0.1 * rng.normal(size=leaf.shape)
+    elif name.endswith('table'):
+      array = TABLE_STDDEV * rng.normal(size=leaf.shape)
+    elif zero_output and name.startswith('composition/') and '/out/' in name:
+      array = np.zeros(leaf.shape)
+    else:
+      array = rng.normal(size=leaf.shape) / np.sqrt(leaf.shape[-2])
+    return array.astype(leaf.dtype)
+
+  shapes = trees.flatten(nn.unbox(boxed_shapes(model)))
+  return trees.unflatten({k: one(k, leaf) for k, leaf in shapes.items()})
+
+
+def vocabulary(size, **settings):
+  """Words 'a0', 'a1', ... and the special tokens, `size` in all."""
+  specials = 3 + bool(settings.get('bos_token'))
+  words = [f'a{i}' for i in range(size - specials)]
+  return vocabularies.word_vocabulary(words, **settings)
+
+
+def model_directory(directory, config, *, seed=0, words=None):
+  """Writes a donor with random weights; returns its fingerprint."""
+  from calm_jax.models import transformer
+
+  return pretrained.write_model(
+    directory,
+    config=config,
+    params=params(transformer.DecoderLM(config), seed=seed),
+    vocabulary=words or vocabulary(config.vocab_size),
+  )

@@ -1,0 +1,286 @@
+"""The training step: what it changes, costs and leaks.
+
+Run: pytest tests/train_step_test.py
+
+The numbered invariants are those of docs/design.md, section 3.
+"""
+
+import dataclasses
+import functools
+import math
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from calm_jax import (
+  assembly,
+  flops,
+  masks,
+  optimizers,
+  sharding,
+  train_state,
+  train_step,
+  trees,
+)
+from tests import tiny, toys
+
+VOCAB = 40  # two devices can split it
+ANCHOR = dataclasses.replace(
+  tiny.ANCHOR, vocab_size=VOCAB, num_layers=3, init_stddev=0.3
+)
+AUGMENTING = dataclasses.replace(
+  tiny.AUGMENTING, vocab_size=VOCAB, num_layers=2, init_stddev=0.3
+)
+MAPPING = (tiny.connection(-1, 1), tiny.connection(1, 0))
+ADAMW = optimizers.OptimizerConfig(learning_rate=1e-2, warmup_steps=0)
+
+
+SMALL = tiny.composed(
+  anchor=ANCHOR, augmenting={'code': AUGMENTING}, mapping=MAPPING
+)
+
+
+@functools.cache
+def compiled_step(model, mesh, optimizer, microbatches=1):
+  """The step as `train.train` has it, and where its arguments are."""
+  update = optimizer.make(1000)
+  places = sharding.param_shardings(toys.boxed_shapes(model), mesh)
+  theta = {'composition': places.pop('composition')}
+  state_places = train_state.shardings(
+    jax.eval_shape(
+      functools.partial(train_state.create, optimizer=update, seed=0),
+      {'composition': nn.unbox(toys.boxed_shapes(model)['composition'])},
+    ),
+    theta,
+    mesh,
+  )
+  step_fn = jax.jit(
+    train_step.make_train_step(model, update, microbatches=microbatches),
+    donate_argnums=0,
+    out_shardings=(state_places, sharding.replicated(mesh)),
+  )
+  return step_fn, update, places, state_places
+
+
+class Run:
+  """State and frozen weights on a mesh."""
+
+  def __init__(
+    self, model, mesh, optimizer=ADAMW, *, zero_output=False, microbatches=1
+  ):
+    params = toys.params(model, zero_output=zero_output)
+    theta = {'composition': params.pop('composition')}
+    self.step_fn, update, places, state_places = compiled_step(
+      model, mesh, optimizer, microbatches
+    )
+    self.mesh = mesh
+    self.frozen = assembly.place(params, places)
+    state = train_state.create(theta, update, seed=0)
+    self.state = assembly.place(state, state_places)
+
+  def step(self, batch):
+    with jax.set_mesh(self.mesh):
+      self.state, measured = self.step_fn(
+        self.state, self.frozen, sharding.put_batch(batch, self.mesh)
+      )
+    return {name: float(value) for name, value in measured.items()}
+
+  def mean_gradients(self):
+    """The first moments of AdamW by name."""
+    slots = trees.flatten(jax.device_get(self.state.opt_state))
+    return {name: slot for name, slot in slots.items() if '/mu/' in name}
+
+
+def random_batch(seed, shape=(8, 8), vocab=VOCAB, segments=True):
+  rng = np.random.default_rng(seed)
+  tokens_BT = rng.integers(0, vocab, shape, np.int32)
+  if not segments:
+    return tiny.batch_of(tokens_BT)
+  # Rows of several segments, with padding: slices differ in their weight.
+  segment_ids_BT = 1 + np.cumsum(rng.random(shape) < 0.2, axis=1)
+  ends_B = rng.integers(2, shape[1] + 1, shape[0])
+  real_BT = np.arange(shape[1]) < ends_B[:, None]
+  return tiny.batch_of(tokens_BT, segment_ids_BT * real_BT)
+
+
+# --- 5, 8. What a step leaves alone ------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_step_changes_the_composition_alone_and_compiles_once(one_device):
+  run = Run(SMALL, one_device, zero_output=True)
+  frozen = trees.digests(jax.device_get(run.frozen))
+  before = trees.flatten(jax.device_get(run.state.params))
+  slots = [x.shape for x in jax.tree.leaves(run.state.opt_state) if x.ndim]
+  assert sorted(slots) == sorted(2 * [x.shape for x in before.values()])
+  for seed in range(5):
+    measured = run.step(random_batch(seed))
+    # At first the output is zero, so that nothing before it has a gradient.
+    for name, gradient in run.mean_gradients().items():
+      assert np.any(gradient) == (seed > 0 or '/out/' in name), name
+  assert run.step_fn._cache_size() == 1
+  assert np.isfinite(measured['loss'])
+  assert int(run.state.step) == 5
+  assert trees.digests(jax.device_get(run.frozen)) == frozen
+  for name, leaf in trees.flatten(jax.device_get(run.state.params)).items():
+    assert np.any(leaf != before[name]), name
+
+
+# --- The loss ----------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_microbatches_give_the_gradient_of_the_whole_batch(one_device):
+  batch = random_batch(1)
+  weights_B = batch['decoder_loss_weights'].sum(axis=1)
+  assert len(set(weights_B)) > 2  # else a mean of means would pass
+  whole, sliced = (Run(SMALL, one_device, microbatches=n) for n in (1, 4))
+  expected, actual = whole.step(batch), sliced.step(batch)
+  assert actual == pytest.approx(expected, rel=1e-5)
+  assert actual['target_tokens'] == weights_B.sum()
+  gradients = sliced.mean_gradients()
+  for name, gradient in whole.mean_gradients().items():
+    bound = 1e-5 * np.abs(gradient).max()
+    np.testing.assert_allclose(gradients[name], gradient, rtol=0, atol=bound)
+
+
+def test_scores_and_losses_are_sums_of_log_probabilities():
+  params, batch = toys.params(SMALL), random_batch(2)
+  batch['decoder_loss_weights'][0, 1] = 0.5
+  targets_BT = batch['decoder_target_tokens']
+  weights_BT = batch['decoder_loss_weights']
+
+  @jax.jit
+  def everything(params, batch):
+    loss, _ = train_step.loss_fn(params, {}, batch, model=SMALL, z_loss=0.1)
+    scores_B = train_step.score_batch(params, batch, model=SMALL)
+    measured = train_step.eval_fn(params, batch, model=SMALL)
+    return SMALL(params, batch), scores_B, measured, loss
+
+  logits_BTV, scores_B, measured, loss = everything(params, batch)
+  logits_BTV = np.asarray(logits_BTV, np.float64)
+  log_z_BT = np.log(np.exp(logits_BTV).sum(-1))
+  chosen_BT = np.take_along_axis(logits_BTV, targets_BT[..., None], 2)[..., 0]
+  expected_B = ((chosen_BT - log_z_BT) * weights_BT).sum(-1)
+  hits_BT = logits_BTV.argmax(-1) == targets_BT
+  weight = weights_BT.sum()
+  np.testing.assert_allclose(scores_B, expected_B, rtol=1e-5)
+  assert measured['target_tokens'] == weight
+  close = functools.partial(pytest.approx, rel=1e-5)
+  assert float(measured['loss']) == close(-expected_B.sum() / weight)
+  accuracy = (hits_BT * weights_BT).sum() / weight
+  assert float(measured['accuracy']) == close(accuracy)
+  z_loss = (log_z_BT**2 * weights_BT).sum()
+  assert float(loss) == close(-expected_B.sum() + 0.1 * z_loss)
+
+  # A target of weight 0 is not there at all.
+  changed_BT = np.where(weights_BT == 0, 7, targets_BT)
+  again = everything(params, {**batch, 'decoder_target_tokens': changed_BT})
+  jax.tree.map(
+    np.testing.assert_array_equal, again[1:], (scores_B, measured, loss)
+  )
+
+
+# --- 7. One device and eight -------------------------------------------------
+
+
+@pytest.mark.slow
+def test_eight_devices_train_as_one_does(one_device):
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  one, eight = Run(SMALL, one_device), Run(SMALL, mesh)
+
+  # A nontrivial sharding: each axis of the mesh splits something.
+  def part(x):
+    return x.sharding.shard_shape(x.shape)
+
+  def key(run):
+    return run.state.params['composition']['code_1_into_embed']['key']['kernel']
+
+  assert part(eight.frozen['anchor']['embedder']['table']) == (20, 16)
+  assert part(key(eight)) == (16, 16)
+  slots = [part(x) for x in jax.tree.leaves(eight.state.opt_state)]
+  assert (16, 16) in slots
+  rows = sharding.put_batch(random_batch(0), mesh)['decoder_input_tokens']
+  assert part(rows) == (2, 8)
+
+  for seed in range(20):
+    expected, actual = (run.step(random_batch(seed)) for run in (one, eight))
+    assert actual['loss'] == pytest.approx(expected['loss'], rel=1e-5)
+    assert actual['target_tokens'] == expected['target_tokens']
+  assert part(key(eight)) == (16, 16)
+  assert eight.step_fn._cache_size() == 1
+
+
+# --- 9. Leak -----------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('masked', [True, False])
+def test_uniform_tokens_cannot_be_learnt(masked, one_device, monkeypatch):
+  """The future is all there is to learn, and only a broken mask shows it."""
+  vocab = 8
+  if not masked:
+    everything = lambda *, segment_ids_BT, **_: jnp.ones(
+      (*segment_ids_BT.shape, segment_ids_BT.shape[1]), bool
+    )
+    monkeypatch.setattr(masks, 'cross_mask', everything)
+  model = tiny.composed(
+    anchor=dataclasses.replace(ANCHOR, vocab_size=vocab, num_layers=2),
+    augmenting={
+      'code': dataclasses.replace(AUGMENTING, vocab_size=vocab, num_layers=1)
+    },
+    mapping=[tiny.connection(-1, 0), tiny.connection(1, 0)],
+  )
+  run = Run(model, one_device, zero_output=True)
+  # Every batch is fresh, so every loss is one on tokens never seen.
+  losses = [
+    run.step(random_batch(seed, (32, 8), vocab, segments=False))['loss']
+    for seed in range(250)
+  ]
+  last = np.array(losses[-100:])
+  if masked:
+    error = last.std() / math.sqrt(len(last))
+    assert last.mean() >= math.log(vocab) - 3 * error
+  else:
+    assert last.mean() < math.log(vocab) - 0.1
+
+
+# --- 10. FLOPs ---------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stack', ['loop', 'scan'])
+def test_a_step_costs_what_it_must(stack):
+  """Section 4 of the design: at most 1.05 times F_min, without remat."""
+  wide = {'vocab_size': 512, 'num_heads': 4, 'num_kv_heads': 2, 'head_dim': 64}
+  model = tiny.composed(
+    anchor=dataclasses.replace(
+      tiny.ANCHOR, embed_dim=256, mlp_dim=512, num_layers=4, **wide
+    ),
+    augmenting={
+      'code': dataclasses.replace(
+        tiny.AUGMENTING, embed_dim=320, mlp_dim=640, num_layers=3, **wide
+      )
+    },
+    mapping=[tiny.connection(0, 0), tiny.connection(2, 1)],
+    stack=stack,
+  )
+  B, T = 2, 64
+  shapes = nn.unbox(jax.eval_shape(model.init_params, jax.random.key(0)))
+  frozen = {name: shapes[name] for name in ('anchor', 'augmenting')}
+  optimizer = optax.adam(1e-3)
+  state = jax.eval_shape(
+    functools.partial(train_state.create, optimizer=optimizer, seed=0),
+    {'composition': shapes['composition']},
+  )
+  step = jax.jit(train_step.make_train_step(model, optimizer))
+  batch = random_batch(0, (B, T), segments=False)
+  text = step.lower(state, frozen, batch).compile().as_text()
+  least = flops.least(
+    model, shapes, trainable='composition', tokens=B * T, length=T
+  )
+  assert 0.95 <= flops.compiled(text) / least <= 1.05
