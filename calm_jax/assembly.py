@@ -128,16 +128,13 @@ def frozen_tree(loaded: Mapping[str, Loaded]) -> dict[str, Any]:
 
 def load_all(
   model: ComposedLM,
-  anchor: ModelSpec,
-  augmenting: Mapping[str, ModelSpec],
+  specs: Mapping[str, ModelSpec],
   *,
   mesh: Mesh,
   seed: int = 0,
 ) -> dict[str, Loaded]:
-  """Loads the anchor and each augmenting model, by name ('anchor' is taken)."""
-  loaded = {'anchor': load(anchor, model.anchor, mesh=mesh, seed=seed)}
-  for i, (name, spec) in enumerate(sorted(augmenting.items())):
-    loaded[name] = load(
-      spec, model.augmenting[name], mesh=mesh, seed=seed + 1 + i
-    )
+  """Loads the models of `specs`: 'anchor', and augmenting ones by name."""
+  loaded = {'anchor': load(specs['anchor'], model.anchor, mesh=mesh, seed=seed)}
+  for i, (name, tower) in enumerate(sorted(model.augmenting.items())):
+    loaded[name] = load(specs[name], tower, mesh=mesh, seed=seed + 1 + i)
   return loaded

@@ -1,4 +1,4 @@
-"""From token examples to batches: prefix-LM layout, packing, prefetching.
+"""From token examples to batches: prefix-LM layout and packing.
 
 An example is `{'inputs': ids, 'targets': ids}`; `inputs` may be empty or
 missing. A batch is a dict of arrays of shape [B, T] with T5X's keys:
@@ -14,9 +14,6 @@ Which slot is real follows from the segment ids, never from a token id.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import itertools
-import queue
-import threading
-import time
 from typing import Protocol
 
 import numpy as np
@@ -61,6 +58,7 @@ class ExampleBatches:
     bos_id: int | None,
     pad_id: int | None,
     truncate: str = 'error',
+    targets_per_row: int | None = None,
   ):
     """Starts at the first example.
 
@@ -73,6 +71,8 @@ class ExampleBatches:
       bos_id: what every sequence begins with, or None.
       pad_id: what fills the slots of no segment; None is 0.
       truncate: 'error', or 'skip' to leave out and count what is too long.
+      targets_per_row: how many supervised positions a row may have; None is
+        all of them.
     """
     if truncate not in ('error', 'skip'):
       raise ValueError(
@@ -85,6 +85,7 @@ class ExampleBatches:
     self._bos = [] if bos_id is None else [bos_id]
     self._pad_id = pad_id or 0
     self._truncate = truncate
+    self._targets_per_row = targets_per_row or length
     self._consumed = 0
     self._examples = make_examples(0)
     self._next = None  # An example that was read, but is not consumed.
@@ -111,7 +112,7 @@ class ExampleBatches:
     self._next = None
 
   def _fill(self, row: int, batch: Batch) -> None:
-    start, segment = 0, 0
+    start, segment, targets = 0, 0, 0
     while self._pack or not segment:
       if self._next is None:
         self._next = self._read()
@@ -119,7 +120,8 @@ class ExampleBatches:
         return
       sequence, prefix = self._next
       stop = start + len(sequence) - 1
-      if stop > self._shape[1]:
+      targets += _num_targets(sequence, prefix)
+      if stop > self._shape[1] or targets > self._targets_per_row:
         return
       segment += 1
       slots = slice(start, stop)
@@ -144,18 +146,24 @@ class ExampleBatches:
           'included, so there is nothing to predict; end targets in EOS, or '
           'filter empty examples out.'
         )
-      if len(sequence) - 1 <= length:
+      targets = _num_targets(sequence, len(prefix))
+      if len(sequence) - 1 <= length and targets <= self._targets_per_row:
         return sequence, len(prefix)
       if self._truncate == 'error':
         raise ValueError(
           f'Example {self._consumed} needs {len(sequence) - 1} slots '
           f'({len(prefix)} tokens of BOS and inputs, {len(example["targets"])} '
-          f'of targets), a row has {length}, so its targets would be '
-          "truncated; raise the feature lengths, or set truncate='skip'."
+          f'of targets), a row has {length} for {self._targets_per_row} '
+          'targets, so its targets would be truncated; raise the feature '
+          "lengths or targets_per_row, or set truncate='skip'."
         )
       self._consumed += 1
       self.skipped += 1
     return None
+
+
+def _num_targets(sequence: Sequence[int], prefix: int) -> int:
+  return len(sequence) - max(prefix, 1)  # the first token is never predicted
 
 
 class ArrayBatches:
@@ -220,6 +228,7 @@ def npz_batches(
   batch_size: int,
   seed: int,
   vocabulary: object = None,
+  targets_per_row: int | None = None,
 ) -> ArrayBatches:
   """Returns the rows of an .npz file as batches: no SeqIO, no TensorFlow.
 
@@ -228,6 +237,7 @@ def npz_batches(
     batch_size: B.
     seed: of the order.
     vocabulary: not used; every iterator factory is given it.
+    targets_per_row: the most supervised positions that a row may have.
   """
   del vocabulary
   try:
@@ -240,88 +250,13 @@ def npz_batches(
     raise ValueError(
       f'{path!r} holds the arrays {sorted(rows)}; a batch has {sorted(wanted)}.'
     )
-  return ArrayBatches(rows, batch_size=batch_size, seed=seed)
-
-
-class Prefetcher:
-  """Makes batches in a daemon thread, so that a step need not wait for them.
-
-  Attributes:
-    wait_seconds: how long `next` has waited for the thread, in total.
-  """
-
-  def __init__(self, iterator: BatchIterator, *, depth: int = 2):
-    """Starts making `depth` batches ahead.
-
-    Args:
-      iterator: what to read. It belongs to the thread until `close`.
-      depth: how many batches are kept ready.
-    """
-    self.wait_seconds = 0.0
-    self._iterator = iterator
-    self._depth = depth
-    self._start()
-
-  def __iter__(self) -> 'Prefetcher':
-    return self
-
-  def __next__(self) -> Batch:
-    """Returns the next batch, or raises what the thread has raised."""
-    if self._thread is None:
-      raise ValueError('The Prefetcher is closed; restore() starts it again.')
-    started = time.perf_counter()
-    item = self._ready.get()
-    self.wait_seconds += time.perf_counter() - started
-    if isinstance(item, BaseException):
-      self.close()
-      raise item
-    self._requests.put(True)
-    batch, self._state = item
-    return batch
-
-  def state(self) -> dict:
-    """Returns the position after the last batch that `next` has returned."""
-    return self._state
-
-  def restore(self, state: dict) -> None:
-    self.close()
-    self._iterator.restore(state)
-    self._start()
-
-  def close(self) -> None:
-    """Stops the thread and waits for it, at most for the batch it is making."""
-    if self._thread is not None:
-      self._requests.put(False)
-      self._thread.join()
-      self._thread = None
-
-  def _start(self) -> None:
-    self._state = self._iterator.state()
-    # Last in, first out: a request to stop overtakes those for batches.
-    self._requests = queue.LifoQueue()
-    self._ready = queue.SimpleQueue()
-    for _ in range(self._depth):
-      self._requests.put(True)
-    self._thread = threading.Thread(
-      target=_produce,
-      args=(self._iterator, self._requests, self._ready),
-      name='calm_jax.Prefetcher',
-      daemon=True,
+  most = int((rows['decoder_loss_weights'] > 0).sum(axis=1).max())
+  if targets_per_row is not None and most > targets_per_row:
+    raise ValueError(
+      f'{path!r} has a row of {most} supervised positions, more than'
+      f' targets_per_row = {targets_per_row}; raise that.'
     )
-    self._thread.start()
-
-
-def _produce(
-  iterator: BatchIterator, requests: queue.LifoQueue, ready: queue.SimpleQueue
-) -> None:
-  """Answers each request with (batch, state), or ends with an exception."""
-  while requests.get():
-    try:
-      ready.put((next(iterator), iterator.state()))
-    # Whatever it is, the consumer must not wait for ever.
-    except BaseException as error:
-      ready.put(error)
-      return
+  return ArrayBatches(rows, batch_size=batch_size, seed=seed)
 
 
 def tokenize(

@@ -22,7 +22,15 @@ from calm_jax import trees
 from calm_jax.train_state import TrainState
 
 # A damaged step shows itself through any of these, depending on what was hit.
-_DAMAGE = (ValueError, KeyError, TypeError, OSError, RuntimeError, EOFError)
+_DAMAGE = (
+  ValueError,
+  KeyError,
+  TypeError,
+  AttributeError,
+  OSError,
+  RuntimeError,
+  EOFError,
+)
 
 
 class Checkpoints:
@@ -86,17 +94,19 @@ class Checkpoints:
       ValueError: if there are steps, and none of them is good, or if they
         belong to another model.
     """
-    steps = self.steps()
+    steps, reasons = self.steps(), []
     for step in reversed(steps):
       try:
         return self._restore_step(step, shapes)
       except _DAMAGE as error:
         reason = str(error).strip().split('\n')[0] or type(error).__name__
+        reasons.append(f'{step}: {reason}')
         warn(f'{self._directory / str(step)} is damaged and skipped: {reason}')
     if steps:
       raise ValueError(
         f'None of the steps {steps} in {self._directory} can be restored. Start'
         ' again with another MODEL_DIR, or remove this folder to start afresh.'
+        f' ({"; ".join(reasons)})'
       )
     return None
 

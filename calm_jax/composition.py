@@ -14,104 +14,15 @@ import dataclasses
 import hashlib
 from typing import Any, Protocol
 
-from flax import linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from calm_jax import masks
-from calm_jax.array_types import Array, Batch, DType, Params
+from calm_jax.array_types import Array, Batch, Params
 from calm_jax.connections import CompositionConfig, Connection
+from calm_jax.cross_attention import CrossAttention
 from calm_jax.models import attention, layers, transformer
-
-
-class CrossAttention(nn.Module):
-  """f_cross(f_proj(source), query) of one connection (section 3.1).
-
-  Attributes:
-    embed_dim: D, the anchor's width.
-    num_heads: N; the head size H is D // N.
-    config: norms, initialisation and position encoding.
-    dtype: dtype of the computation.
-  """
-
-  embed_dim: int
-  num_heads: int
-  config: CompositionConfig
-  dtype: DType = jnp.float32
-
-  def setup(self):
-    fan_in, zeros = layers.fan_in_init(), nn.initializers.zeros
-    dtypes = {'dtype': self.dtype, 'param_dtype': self.config.param_dtype}
-
-    def dense(axes, kernel_init=fan_in):
-      return layers.Dense(
-        self.embed_dim, axes=axes, kernel_init=kernel_init, **dtypes
-      )
-
-    self.projection = dense(('augmenting_embed', 'embed'))  # f_proj
-    self.query = dense(('embed', 'heads'))  # W_Q
-    self.key = dense(('embed', 'heads'))  # W_K
-    self.value = dense(('embed', 'heads'))  # W_V
-    self.out = dense(  # W_O
-      ('heads', 'embed'),
-      zeros if self.config.output_init == 'zeros' else fan_in,
-    )
-    if self.config.norm == 'rms':
-      self.query_norm = layers.RMSNorm(**dtypes)
-      self.source_norm = layers.RMSNorm(**dtypes)
-
-  def read(self, source_BSE: Array, positions_BS: Array) -> attention.KVCache:
-    """Returns keys and values [B, S, N, H] of augmenting hidden states."""
-    source_BSD = self.projection(source_BSE)
-    if self.config.norm == 'rms':
-      source_BSD = self.source_norm(source_BSD)
-    return attention.KVCache(
-      key=self._turn(self._heads(self.key(source_BSD)), positions_BS),
-      value=self._heads(self.value(source_BSD)),
-    )
-
-  def attend(
-    self,
-    query_BTD: Array,
-    source: attention.KVCache,
-    *,
-    positions_BT: Array,
-    mask_BTS: Array,
-  ) -> Array:
-    """Returns what is added to the anchor's residual stream, [B, T, D]."""
-    if self.config.norm == 'rms':
-      query_BTD = self.query_norm(query_BTD)
-    query_BTNH = self._turn(self._heads(self.query(query_BTD)), positions_BT)
-    out_BTNH = attention.attend(
-      query_BTNH,
-      source.key,
-      source.value,
-      mask_BTS,
-      scale=query_BTNH.shape[-1] ** -0.5,
-    )
-    return self.out(out_BTNH.reshape(query_BTD.shape))
-
-  def __call__(self, query_BTD: Array, source_BSE: Array) -> Array:
-    """Attends without mask at positions 0; touches every parameter."""
-    B, T, S = *query_BTD.shape[:2], source_BSE.shape[1]
-    source = self.read(source_BSE, jnp.zeros((B, S), jnp.int32))
-    return self.attend(
-      query_BTD,
-      source,
-      positions_BT=jnp.zeros((B, T), jnp.int32),
-      mask_BTS=jnp.ones((B, T, S), bool),
-    )
-
-  def _heads(self, x_BTD: Array) -> Array:
-    head_dim = self.embed_dim // self.num_heads
-    return x_BTD.reshape(*x_BTD.shape[:2], self.num_heads, head_dim)
-
-  def _turn(self, x_BTNH: Array, positions_BT: Array) -> Array:
-    if self.config.position_encoding == 'none':
-      return x_BTNH
-    frequencies = layers.rope_frequencies(x_BTNH.shape[-1], 10_000.0)
-    return layers.apply_rope(x_BTNH, positions_BT, frequencies)
 
 
 class AugmentingModel(Protocol):
@@ -237,7 +148,9 @@ class ComposedLM:
       params['composition'] = self.init_composition(rng)
     return params
 
-  def __call__(self, params: Params, batch: Batch) -> Array:
+  def __call__(
+    self, params: Params, batch: Batch, *, logits_at_BM: Array | None = None
+  ) -> Array:
     """Returns the logits [B, T, V] of whole, possibly packed, sequences.
 
     Args:
@@ -247,6 +160,8 @@ class ComposedLM:
         models have tokens of their own, `augmenting_input_tokens`,
         `augmenting_positions`, `augmenting_segment_ids` and
         `augmenting_visible_from`, all int32 [B, S].
+      logits_at_BM: int32 indices into T; if given, only the logits of these
+        positions are computed, [B, M, V].
     """
     segment_ids_BT = batch['decoder_segment_ids']
     anchor = _view(batch, 'decoder')
@@ -265,7 +180,7 @@ class ComposedLM:
     x_BTD, _ = self._stream(
       params, anchor, _view(batch, side), mask_BTS, cache=None
     )
-    return self._apply_anchor(params, 'logits', x_BTD)
+    return self._logits(params, x_BTD, logits_at_BM)
 
   def extend(
     self,
@@ -274,7 +189,7 @@ class ComposedLM:
     positions_BT: Array,
     cache: ComposedCache,
     *,
-    logits_at_B: Array | None = None,
+    logits_at_BM: Array | None = None,
   ) -> tuple[Array, ComposedCache]:
     """Feeds tokens to all models through their caches: prefill or decode step.
 
@@ -284,20 +199,17 @@ class ComposedLM:
         padded with is never read by a real position.
       positions_BT: int32 position, and cache slot, of each token.
       cache: from `empty_cache` or the last call.
-      logits_at_B: int32 index into T of the one position whose logits are
-        wanted; all of them if None.
+      logits_at_BM: as in `__call__`.
 
     Returns:
-      Logits [B, T, V], or [B, 1, V] with `logits_at_B`, and the cache.
+      Logits [B, T, V], or [B, M, V] with `logits_at_BM`, and the cache.
     """
     slots = jax.tree.leaves(cache.anchor)[0].shape[-3]
     view = View(tokens_BT, attention.Positions.cached(positions_BT, slots))
     x_BTD, cache = self._stream(
       params, view, view, view.where.mask_BTS, cache=cache
     )
-    if logits_at_B is not None:
-      x_BTD = jnp.take_along_axis(x_BTD, logits_at_B[:, None, None], axis=1)
-    return self._apply_anchor(params, 'logits', x_BTD), cache
+    return self._logits(params, x_BTD, logits_at_BM), cache
 
   def empty_cache(self, *, batch: int, slots: int) -> ComposedCache:
     """Returns caches of `slots` positions for all models and connections."""
@@ -386,6 +298,13 @@ class ComposedLM:
       x_BTD = layers.round_to(x_BTD + update_BTD, x_BTD.dtype)
     x_BTD = run(x_BTD, done, self.anchor.depth)
     return x_BTD, None if cache is None else written
+
+  def _logits(
+    self, params: Params, x_BTD: Array, logits_at_BM: Array | None
+  ) -> Array:
+    if logits_at_BM is not None:
+      x_BTD = jnp.take_along_axis(x_BTD, logits_at_BM[..., None], axis=1)
+    return self._apply_anchor(params, 'logits', x_BTD)
 
   def _apply_anchor(self, params: Params, method: str, *args, **kwargs) -> Any:
     return self.anchor.apply(

@@ -167,6 +167,8 @@ class CompositionConfig:
     num_heads: N_H of the cross-attention; the anchor's if None.
     norm: RMSNorm on the query and on the projected source, or 'none'.
     output_init: initialiser of W_O.
+    gate: 'sigmoid' multiplies each head's result by a number in (0, 1) that the
+      query decides, so that a connection can be silent at some tokens.
     position_encoding: 'rotary' turns cross queries and keys by their text
       positions; 'none' leaves them.
     param_dtype: dtype of storage; the computation has the anchor's dtype.
@@ -176,6 +178,7 @@ class CompositionConfig:
   num_heads: int | None = None
   norm: Literal['rms', 'none'] = 'rms'
   output_init: Literal['zeros', 'fan_in'] = 'zeros'
+  gate: Literal['none', 'sigmoid'] = 'none'
   position_encoding: Literal['rotary', 'none'] = 'rotary'
   param_dtype: str = 'float32'
 
@@ -183,6 +186,7 @@ class CompositionConfig:
     for field, allowed in (
       ('norm', ('rms', 'none')),
       ('output_init', ('zeros', 'fan_in')),
+      ('gate', ('none', 'sigmoid')),
       ('position_encoding', ('rotary', 'none')),
     ):
       if getattr(self, field) not in allowed:

@@ -169,6 +169,7 @@ def seqio_batches(
   pack: bool = True,
   shuffle: bool = True,
   truncate: str = 'error',
+  targets_per_row: int | None = None,
 ) -> batches.ExampleBatches:
   """Returns the batches of a registered task or mixture, repeated for ever.
 
@@ -187,6 +188,7 @@ def seqio_batches(
     pack: whether a row may hold several examples.
     shuffle: whether to shuffle, with the buffer that the task declares.
     truncate: 'error', or 'skip' to leave out and count what is too long.
+    targets_per_row: how many supervised positions a row may have, if limited.
 
   Returns:
     A `BatchIterator`. Examples begin with the BOS of the 'targets' vocabulary,
@@ -228,6 +230,7 @@ def seqio_batches(
     bos_id=_bos_id(vocabulary),
     pad_id=vocabulary.pad_id,
     truncate=truncate,
+    targets_per_row=targets_per_row,
   )
 
 

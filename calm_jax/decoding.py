@@ -44,7 +44,7 @@ def predict_batch(
   cache = model.empty_cache(batch=B, slots=T + max_new_tokens)
   positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
   logits_B1V, cache = model.extend(
-    params, tokens_BT, positions_BT, cache, logits_at_B=lengths_B - 1
+    params, tokens_BT, positions_BT, cache, logits_at_BM=lengths_B[:, None] - 1
   )
 
   def choose(logits_B1V, ended_B):

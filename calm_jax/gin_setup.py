@@ -218,11 +218,11 @@ def _check_values(entry: str, used: Mapping[tuple[str, str], Any]) -> None:
     for name, value in section.items():
       shown = scope if selector == 'gin.macro' else f'{selector}.{name}'
       shown = shown.removeprefix('calm_jax.')
-      value = _follow_macros(value)
-      if repr(value) == _REQUIRED:
+      if repr(value) == _REQUIRED:  # of a macro, its own section tells
         raise ValueError(
           f"{shown} is required and not set. Give it: --gin.{shown}='...'."
         )
+      value = _follow_macros(value)
       if selector != 'gin.macro':
         expected = _type_hints(target).get(name, Any)
         if not _fits(value, expected):
@@ -285,7 +285,7 @@ def _fits(value: Any, expected: Any) -> bool:
 
 
 def _type_name(expected: Any) -> str:
-  return getattr(expected, '__name__', None) or str(expected)
+  return expected.__name__ if inspect.isclass(expected) else str(expected)
 
 
 # --- Command line ------------------------------------------------------------
@@ -293,6 +293,7 @@ def _type_name(expected: Any) -> str:
 
 def write_operative_config(directory: pathlib.Path) -> None:
   """Writes what was read of the configuration to `config.gin`."""
+  directory.mkdir(parents=True, exist_ok=True)
   (directory / 'config.gin').write_text(gin.operative_config_str())
 
 

@@ -71,6 +71,14 @@ def parameter_report(params: Params, *, trainable: str) -> str:
   )
 
 
+def memory_report(*, frozen: Any, trained: Any) -> str:
+  """Returns the line with the bytes that one device holds."""
+  return (
+    f'bytes per device: {bytes_per_device(frozen):,} frozen,'
+    f' {bytes_per_device(trained):,} trained + optimizer'
+  )
+
+
 def bytes_per_device(tree: Any) -> int:
   """Adds up the bytes of the shards that the first local device holds."""
   total = 0

@@ -76,12 +76,11 @@ class OptimizerConfig:
         muon_weight_dimension_numbers=_kernels,
       )
     else:
-      update = optax.adafactor(
-        schedule,
-        multiply_by_parameter_scale=False,
-        clipping_threshold=None,
-        weight_decay_rate=self.weight_decay or None,
-        weight_decay_mask=_matrices,
+      # optax.adafactor would not multiply the decay by the learning rate.
+      update = optax.chain(
+        optax.scale_by_factored_rms(),
+        optax.add_decayed_weights(self.weight_decay, mask=_matrices),
+        optax.scale_by_learning_rate(schedule),
       )
     if self.clip_norm is None:
       return update

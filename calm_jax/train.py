@@ -7,7 +7,7 @@ Read `train` from top to bottom: its stages are in the order of execution.
 
 from collections.abc import Callable, Mapping
 import pathlib
-from typing import Any, Literal
+from typing import Literal
 
 from flax import linen as nn
 import jax
@@ -24,11 +24,13 @@ from calm_jax import (
   train_state,
   train_step,
 )
-from calm_jax.batches import BatchIterator, Prefetcher
+from calm_jax.array_types import Params
+from calm_jax.batches import BatchIterator
 from calm_jax.composition import ComposedLM
 from calm_jax.connections import CompositionConfig
 from calm_jax.models import pretrained, transformer
 from calm_jax.models.pretrained import ModelSpec
+from calm_jax.prefetch import Prefetcher
 
 
 def train(
@@ -45,6 +47,7 @@ def train(
   random_seed: int = 0,
   microbatches: int = 1,
   z_loss: float = 0.0,
+  targets_per_row: int | None = None,
   stack: Literal['loop', 'scan'] = 'loop',
   make_mesh: Callable[[], Mesh] = sharding.make_mesh,
   log_every: int = 50,
@@ -58,8 +61,8 @@ def train(
   Args:
     model_dir: where everything is written; a second call continues there.
     anchor: the model that is extended, or trained from scratch.
-    make_batches: called with `batch_size`, `seed` and `vocabulary`; returns
-      global batches.
+    make_batches: called with `batch_size`, `seed`, `vocabulary`, and, where it
+      is set, `targets_per_row`; returns global batches.
     train_steps: updates in the whole run, resumed parts included.
     batch_size: rows of a global batch.
     augmenting: frozen models that are read, by name.
@@ -69,13 +72,14 @@ def train(
     random_seed: of initialisation and data.
     microbatches: slices of a batch whose gradients are added.
     z_loss: weight of (log Z)^2.
+    targets_per_row: if set, only so many positions of a row get logits.
     stack: whether blocks are a loop or scanned segments.
     make_mesh: arranges the devices.
     log_every: steps between progress lines and rows of metrics.jsonl.
     checkpoint_every: steps between checkpoints; the last step is always saved.
     keep_checkpoints: how many of the newest stay.
     export_dtype: stored dtype of a decoder trained from scratch.
-    summarize_config: writes the operative configuration into a directory.
+    summarize_config: writes the configuration into a directory.
 
   Returns:
     The last logged metrics.
@@ -86,7 +90,7 @@ def train(
   """
   # --- Check and describe, without allocating -------------------------------
   directory = pathlib.Path(model_dir).expanduser()
-  augmenting = dict(augmenting or {})
+  augmenting = augmenting or {}
   optimizer = optimizer or optimizers.OptimizerConfig()
   model = assembly.build_model(
     anchor, augmenting=augmenting, composition=composition, stack=stack
@@ -103,13 +107,11 @@ def train(
   # --- Frozen weights --------------------------------------------------------
   frozen = {}
   if trainable == 'composition':
-    loaded = assembly.load_all(
-      model, anchor, augmenting, mesh=mesh, seed=random_seed
-    )
+    specs = {'anchor': anchor, **augmenting}
+    loaded = assembly.load_all(model, specs, mesh=mesh, seed=random_seed)
     frozen = assembly.frozen_tree(loaded)
     _claim_directory(directory, model, loaded)
   if summarize_config is not None and jax.process_index() == 0:
-    directory.mkdir(parents=True, exist_ok=True)
     summarize_config(directory)
 
   # --- Trained state: newest good checkpoint, or fresh -----------------------
@@ -124,22 +126,24 @@ def train(
   state_places = train_state.shardings(
     jax.eval_shape(create_state), {trainable: places[trainable]}, mesh
   )
-  batches = make_batches(
-    batch_size=batch_size, seed=random_seed, vocabulary=anchor.vocabulary
-  )
-  saved = checkpoints.Checkpoints(
-    directory / 'checkpoints', keep=keep_checkpoints
-  )
+  limit = {'targets_per_row': targets_per_row} if targets_per_row else {}
+  limit |= {'seed': random_seed, 'vocabulary': anchor.vocabulary}
+  batches = make_batches(batch_size=batch_size, **limit)
+  kept = directory / 'checkpoints'
+  saved = checkpoints.Checkpoints(kept, keep=keep_checkpoints)
   state = _restore_or_create(saved, create_state, state_places, batches)
   first_step = int(state.step)
-  held = metrics.bytes_per_device(frozen), metrics.bytes_per_device(state)
   say(f'{trainable}: trained from step {first_step}, seed {random_seed}')
-  say(f'bytes per device: {held[0]:,} frozen, {held[1]:,} trained + optimizer')
+  say(metrics.memory_report(frozen=frozen, trained=state))
 
   # --- The step --------------------------------------------------------------
   step_fn = jax.jit(
     train_step.make_train_step(
-      model, update, microbatches=microbatches, z_loss=z_loss
+      model,
+      update,
+      microbatches=microbatches,
+      z_loss=z_loss,
+      targets_per_row=targets_per_row,
     ),
     donate_argnums=0,
     out_shardings=(state_places, sharding.replicated(mesh)),
@@ -160,9 +164,8 @@ def train(
     with jax.set_mesh(mesh):
       for step in range(first_step + 1, train_steps + 1):
         batch = next(feed)
-        state, measured = step_fn(
-          state, frozen, sharding.put_batch(batch, mesh)
-        )
+        placed = sharding.put_batch(batch, mesh)
+        state, measured = step_fn(state, frozen, placed)
         if step == first_step + 1:  # compiled: the clock starts here
           jax.block_until_ready(state.step)
           log.start(batch['decoder_input_tokens'].shape, feed.wait_seconds)
@@ -177,9 +180,7 @@ def train(
     saved.close()
 
   # --- Export ----------------------------------------------------------------
-  if jax.process_index() == 0:
-    theta = state.params[trainable]
-    _export(directory, model, anchor, theta, trainable, export_dtype)
+  _export(directory, model, anchor, state.params, export_dtype)
   say(f'Done: step {train_steps} in {directory}')
   return log.last
 
@@ -259,19 +260,22 @@ def _export(
   directory: pathlib.Path,
   model: ComposedLM,
   anchor: ModelSpec,
-  params: Any,
-  trainable: str,
+  trained: Params,
   export_dtype: str | None,
 ) -> None:
-  """Writes what was trained as safetensors."""
-  if trainable == 'composition':
-    run_files.write_composition(directory, params)
+  """Writes what was trained as safetensors, on process 0."""
+  if jax.process_index():
+    return
+  if 'composition' in trained:
+    run_files.write_composition(directory, trained['composition'])
     return
   loop = model.anchor.clone(stack='loop')
   pretrained.write_model(
     directory / 'model',
     config=anchor.config,
-    params=transformer.restack(params, source=model.anchor, target=loop),
+    params=transformer.restack(
+      trained['anchor'], source=model.anchor, target=loop
+    ),
     vocabulary=anchor.vocabulary,
     storage_dtype=export_dtype,
   )

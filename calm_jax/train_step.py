@@ -1,6 +1,7 @@
 """The training step: gradients of the trained subtree, and of nothing else."""
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ def loss_fn(
   *,
   model: ComposedLM,
   z_loss: float = 0.0,
+  targets_per_row: int | None = None,
 ) -> tuple[Array, losses.LossSums]:
   """Returns the summed loss of one batch, to be differentiated in `trainable`.
 
@@ -35,16 +37,22 @@ def loss_fn(
     batch: see `calm_jax.batches`.
     model: what maps parameters and batch to logits.
     z_loss: weight of (log Z)^2.
+    targets_per_row: M, at least as many as any row has supervised positions.
+      Logits are computed for these alone, not for all T; None is all T.
 
   Returns:
     The sum over target tokens, in nats, and the sums it is made of.
   """
-  logits_BTV = model({**frozen, **trainable}, batch)
-  sums = losses.cross_entropy(
-    logits_BTV,
-    batch['decoder_target_tokens'],
-    batch['decoder_loss_weights'],
-  )
+  targets_BM = batch['decoder_target_tokens']
+  weights_BM = batch['decoder_loss_weights']
+  chosen_BM = None
+  if targets_per_row is not None:
+    supervised_first_BT = jnp.argsort(weights_BM == 0, axis=1, stable=True)
+    chosen_BM = supervised_first_BT[:, :targets_per_row]
+    targets_BM = jnp.take_along_axis(targets_BM, chosen_BM, axis=1)
+    weights_BM = jnp.take_along_axis(weights_BM, chosen_BM, axis=1)
+  logits_BMV = model({**frozen, **trainable}, batch, logits_at_BM=chosen_BM)
+  sums = losses.cross_entropy(logits_BMV, targets_BM, weights_BM)
   return sums.loss + z_loss * sums.z_loss, sums
 
 
@@ -53,7 +61,7 @@ def make_train_step(
   optimizer: optax.GradientTransformation,
   *,
   microbatches: int = 1,
-  z_loss: float = 0.0,
+  **loss_settings: Any,
 ) -> Step:
   """Returns the function (state, frozen, batch) -> (state, metrics).
 
@@ -62,12 +70,17 @@ def make_train_step(
     optimizer: for the trained subtree.
     microbatches: how many slices of the batch are run one after the other,
       their gradients added; must divide the batch.
-    z_loss: weight of (log Z)^2.
+    **loss_settings: further arguments of `loss_fn`.
   """
+  differentiate = jax.grad(
+    functools.partial(loss_fn, model=model, **loss_settings), has_aux=True
+  )
 
   def step(state, frozen, batch):
-    gradients, sums = _gradients(
-      state.params, frozen, batch, model, microbatches, z_loss
+    gradients, sums = _accumulate(
+      functools.partial(differentiate, state.params, frozen),
+      batch,
+      microbatches,
     )
     gradients = jax.tree.map(lambda g: g / sums.weight, gradients)
     updates, opt_state = optimizer.update(
@@ -89,33 +102,23 @@ def make_train_step(
   return step
 
 
-def _gradients(
-  trainable: Params,
-  frozen: Params,
-  batch: Batch,
-  model: ComposedLM,
-  microbatches: int,
-  z_loss: float,
+def _accumulate(
+  differentiate: Callable[[Batch], Any], batch: Batch, microbatches: int
 ) -> tuple[Params, losses.LossSums]:
   """Returns gradients and loss, both summed over target tokens."""
-  differentiate = jax.grad(loss_fn, has_aux=True)
-
-  def one(part):
-    return differentiate(trainable, frozen, part, model=model, z_loss=z_loss)
-
   if microbatches == 1:
-    return one(batch)
+    return differentiate(batch)
   # Rows i, i + microbatches, ...: each slice stays spread over all devices.
   parts = jax.tree.map(
     lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch
   )
 
   def add(total, part):
-    return jax.tree.map(jnp.add, total, one(part)), None
+    return jax.tree.map(jnp.add, total, differentiate(part)), None
 
   zeros = jax.tree.map(
     lambda x: jnp.zeros(x.shape, x.dtype),
-    jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts)),
+    jax.eval_shape(differentiate, jax.tree.map(lambda x: x[0], parts)),
   )
   return jax.lax.scan(add, zeros, parts)[0]
 

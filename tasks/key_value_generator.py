@@ -15,7 +15,7 @@ import numpy as np
 from calm_jax.tasks import key_value_tables as tables
 
 SEPARATORS = ('+', '-', 'x', ';', ',', '.')  # Between `key value` pairs.
-JOINTS = (';', ',', '.', '|', '=', '->')  # Between the parts of neutral text.
+JOINTS = (';', ',', '.')  # Between the parts of neutral text.
 _CHUNK = 1024
 
 
@@ -197,6 +197,11 @@ def _substitution(table: tables.Table, e: tables.Expression) -> tuple[str, str]:
   return f'{e.text(table.keys)} ->', e.text(table.value_words)
 
 
+def _recall(table: tables.Table, e: tables.Expression) -> tuple[str, str]:
+  """Substitution, asked for in the words of arithmetic."""
+  return f'{e.text(table.keys)} =', e.text(table.value_words)
+
+
 def _direct(table: tables.Table, e: tables.Expression) -> tuple[str, str]:
   return f'{e.text(table.keys)} =', _number(e.value(table.values))
 
@@ -248,33 +253,35 @@ def _pairs(
 def _neutral_text(
   config: tables.KeyValueConfig, rng: np.random.Generator, count: int
 ) -> list[tuple[str, str]]:
-  """Writes rows of words, repeated spans, and calculations at any offset.
+  """Writes words, repeated spans and calculations, to be continued.
 
-  No key occurs: to the anchor that learns from these, keys are new words.
+  A row is parts in any order, and its last part is left for the targets: the
+  result of a calculation, or what repeats. No key occurs: to the anchor that
+  learns from these, keys are new words.
   """
   integers = tables.integer_table(config)
   shape = (count, config.parts_per_row)
-  kinds = rng.choice(('words', 'repeat', 'copy', 'calculation'), shape)
-  needed = np.count_nonzero((kinds == 'calculation') | (kinds == 'copy'))
+  kinds = rng.choice(('repeat', 'copy', 'calculation'), shape)
+  needed = np.count_nonzero(kinds != 'repeat')
   expressions = iter(_training_expressions(config, rng, 'integers', needed))
   sizes = rng.integers(1, 5, shape).tolist()
   joints = rng.choice(JOINTS, shape).tolist()
   words = rng.choice(tables.NEUTRAL_WORDS, (*shape, 4)).tolist()
   rows = []
   for row in zip(kinds.tolist(), sizes, joints, words, strict=True):
-    text = []
+    text, inputs, targets = [], '', ''
     for kind, size, joint, span in zip(*row, strict=True):
       if kind == 'calculation':
-        text += _direct(integers, next(expressions))
+        inputs, targets = _direct(integers, next(expressions))
       elif kind == 'copy':
-        copied = next(expressions).text(integers.keys)
-        text += [copied, '->', copied]
-      elif kind == 'repeat':
-        text += [*span[:size], '|', *span[:size]]
+        targets = next(expressions).text(integers.keys)
+        inputs = f'{targets} ->'
       else:
-        text += span[:size]
-      text.append(joint)
-    rows.append(('', ' '.join(text)))
+        targets = ' '.join(span[:size])
+        inputs = f'{targets} |'
+      before = ' '.join(text)
+      text += [inputs, targets, joint]
+    rows.append((f'{before} {inputs}'.strip(), targets))
   return rows
 
 
@@ -318,6 +325,7 @@ TASKS = {
   'kv_substitution': _expression_task(
     _substitution, 'keys', 'train', *_BY_KEYS
   ),
+  'kv_recall': _expression_task(_recall, 'keys', 'train'),
   'numeric_arithmetic': _expression_task(_direct, 'integers', 'train', 'test'),
   'neutral_text': Task(splits=('train',), draw=_neutral_text),
   # What only the composition can do.
@@ -333,8 +341,12 @@ TASKS = {
 
 # Rates, relative within a mixture.
 MIXTURES = {
-  'kv_augmenting_donor': {'key_value_pairs': 1.0, 'kv_substitution': 2.0},
-  'kv_anchor_donor': {'numeric_arithmetic': 8.0, 'neutral_text': 1.0},
+  'kv_augmenting_donor': {
+    'key_value_pairs': 1.0,
+    'kv_substitution': 1.0,
+    'kv_recall': 1.0,
+  },
+  'kv_anchor_donor': {'numeric_arithmetic': 9.0, 'neutral_text': 1.0},
   'kv_dc_mix_direct': {
     'kv_dc_subs': 1.0,
     'kv_dc_math': 2.0,

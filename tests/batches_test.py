@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from calm_jax import batches, vocabularies
+from calm_jax.prefetch import Prefetcher
 
 _KEYS = {
   'decoder_input_tokens': np.int32,
@@ -123,7 +124,7 @@ def test_packing_keeps_every_example_in_order():
 def test_resume_is_exact_at_every_batch(pack, prefetch):
   def make():
     iterator = _batches(pack=pack, length=6, truncate='skip')
-    return batches.Prefetcher(iterator) if prefetch else iterator
+    return Prefetcher(iterator) if prefetch else iterator
 
   original, states, expected = make(), [], []
   states.append(original.state())
@@ -221,7 +222,7 @@ class _Failing:
 
 
 def test_prefetcher_delivers_exceptions_in_order():
-  prefetcher = batches.Prefetcher(_Failing(), depth=4)
+  prefetcher = Prefetcher(_Failing(), depth=4)
   assert [next(prefetcher)['n'][0] for _ in range(2)] == [1, 2]
   assert prefetcher.state() == {'count': 2}
   with pytest.raises(RuntimeError, match='disk on fire'):
@@ -240,7 +241,7 @@ def test_prefetcher_works_ahead_measures_and_closes():
       return {'n': np.array([self.count])}
 
   before = threading.active_count()
-  prefetcher = batches.Prefetcher(Gated(), depth=2)
+  prefetcher = Prefetcher(Gated(), depth=2)
   timer = threading.Timer(0.2, Gated.gate.release)
   timer.start()
   assert next(prefetcher)['n'][0] == 1

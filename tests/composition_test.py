@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm_jax import composition, connections
+from calm_jax import composition, connections, cross_attention
 from calm_jax.models import transformer
 from tests import tiny
 
@@ -178,7 +178,7 @@ def test_prefill_and_decode_equal_the_full_forward(family, stack):
   cache = model.empty_cache(batch=3, slots=16)
   positions_BT = np.broadcast_to(np.arange(7), (3, 7))
   logits_B1V, cache = extend(
-    params, prompt_BT, positions_BT, cache, logits_at_B=lengths_B - 1
+    params, prompt_BT, positions_BT, cache, logits_at_BM=lengths_B[:, None] - 1
   )
   rows = np.arange(3)
   tiny.assert_close(logits_B1V[:, 0], full[rows, lengths_B - 1])
@@ -248,7 +248,7 @@ def test_scanned_and_looped_stacks_agree():
 def test_cross_attention_is_the_papers_formula():
   """A 10-line numpy version of section 3.1 in the `paper` setting."""
   D, E, N, T, S = 8, 6, 2, 4, 5
-  module = composition.CrossAttention(
+  module = cross_attention.CrossAttention(
     embed_dim=D,
     num_heads=N,
     config=connections.CompositionConfig(

@@ -12,10 +12,9 @@ os.environ.setdefault(
 )
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
 
+import gin
 import jax
 import pytest
-
-import gin
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 

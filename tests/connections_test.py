@@ -39,7 +39,7 @@ def test_a_rule_applies_to_every_augmenting_model():
   resolved = Mapping.every(2).resolve(
     anchor_depth=4, augmenting_depths={'b': 2, 'a': 4}
   )
-  assert [c.key for c in resolved] == ['a_1_into_1', 'a_3_into_3', 'b_1_into_3']
+  assert [c.key for c in resolved] == ['a_1_into_1', 'b_1_into_3', 'a_3_into_3']
 
 
 def test_before_block_0_has_a_name():

@@ -9,6 +9,7 @@ import seqio
 import tensorflow as tf
 
 from calm_jax import batches, data, vocabularies
+from calm_jax.prefetch import Prefetcher
 
 _LENGTHS = {'inputs': 4, 'targets': 6}
 _WORDS = ('zero', 'a', 'b', 'c', 'd', 'e')
@@ -141,7 +142,7 @@ def test_mixture_is_deterministic_and_has_its_rates():
 def test_resume_is_exact_at_every_batch(pack, prefetch):
   def make():
     iterator = _batches(pack=pack)
-    return batches.Prefetcher(iterator) if prefetch else iterator
+    return Prefetcher(iterator) if prefetch else iterator
 
   original, states, expected = make(), [], []
   for _ in range(4):

@@ -188,6 +188,12 @@ class RopeScaling:
   low_freq_factor: float = 1.0
   high_freq_factor: float = 4.0
 
+  def __post_init__(self):
+    if self.kind not in ('linear', 'llama3'):
+      raise ValueError(
+        f"kind = {self.kind!r} is not one of ('linear', 'llama3')."
+      )
+
 
 def rope_frequencies(
   head_dim: int, theta: float, scaling: RopeScaling | None = None

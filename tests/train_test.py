@@ -1,0 +1,308 @@
+"""Whole training runs on toy donors: files, resuming, refusals.
+
+Run: pytest tests/train_test.py
+"""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from calm_jax import (
+  batches,
+  checkpoints,
+  connections,
+  optimizers,
+  sharding,
+  train,
+)
+from calm_jax.models import pretrained
+from tests import tiny, toys
+
+pytestmark = [pytest.mark.entry, pytest.mark.slow]
+
+VOCAB = 26
+ANCHOR = dataclasses.replace(
+  tiny.ANCHOR,
+  vocab_size=VOCAB,
+  num_layers=2,
+  embed_dim=16,
+  num_heads=2,
+  num_kv_heads=1,
+  mlp_dim=192,
+  init_stddev=0.1,
+)
+AUGMENTING = dataclasses.replace(
+  ANCHOR, num_layers=1, embed_dim=24, mlp_dim=144, num_kv_heads=2
+)
+COMPOSITION = connections.CompositionConfig(
+  mapping=connections.LayerMapping.explicit([tiny.connection(0, 0)])
+)
+STEPS = 6
+RATES = ('tokens_per_second', 'seconds_per_step', 'data_wait_percent')
+
+
+def toy_batches(*, batch_size, seed, vocabulary, fail_at=None, nan_at=None):
+  assert vocabulary.size == VOCAB
+  rows = np.random.default_rng(0).integers(0, VOCAB, (20, 6), np.int32)
+  made = batches.ArrayBatches(
+    tiny.batch_of(rows), batch_size=batch_size, seed=seed
+  )
+  return Faulty(made, fail_at=fail_at, nan_at=nan_at)
+
+
+class Faulty:
+  """Batches that end in a failure, or hold a number that is none."""
+
+  def __init__(self, made, *, fail_at, nan_at):
+    self._made, self._fail_at, self._nan_at = made, fail_at, nan_at
+    self._count = 0
+    self.state, self.restore = made.state, made.restore
+
+  def __next__(self):
+    self._count += 1
+    if self._count == self._fail_at:
+      raise KeyboardInterrupt('as if by Ctrl-C')
+    batch = dict(next(self._made))
+    if self._count == self._nan_at:
+      batch['decoder_loss_weights'] = batch['decoder_loss_weights'] * np.nan
+    return batch
+
+
+def first_device():
+  return sharding.make_mesh(devices=jax.devices()[:1])
+
+
+def run(directory, donors, **settings):
+  """Trains a composition as a user would; settings replace the defaults."""
+  anchor, augmenting = donors
+  return train.train(
+    **{
+      'model_dir': str(directory),
+      'anchor': anchor,
+      'augmenting': {'code': augmenting},
+      'composition': COMPOSITION,
+      'make_batches': toy_batches,
+      'make_mesh': first_device,
+      'train_steps': STEPS,
+      'batch_size': 8,
+      'optimizer': optimizers.OptimizerConfig(warmup_steps=2),
+      'log_every': 1,
+      'checkpoint_every': 2,
+      **settings,
+    }
+  )
+
+
+@pytest.fixture(scope='module')
+def decoder_run(tmp_path_factory):
+  """A decoder trained from scratch, and what training it returned."""
+  directory = tmp_path_factory.mktemp('decoder')
+  spec = pretrained.ModelSpec(config=ANCHOR, vocabulary=toys.vocabulary(VOCAB))
+  measured = train.train(
+    model_dir=str(directory),
+    anchor=spec,
+    trainable='anchor',
+    make_batches=toy_batches,
+    make_mesh=first_device,
+    train_steps=30,
+    batch_size=8,
+    optimizer=optimizers.OptimizerConfig(learning_rate=0.02, warmup_steps=2),
+    log_every=10,
+    export_dtype='bfloat16',
+  )
+  return directory, measured
+
+
+@pytest.fixture(scope='module')
+def donors(decoder_run, tmp_path_factory):
+  directory = tmp_path_factory.mktemp('augmenting')
+  toys.model_directory(directory, AUGMENTING)
+  return (
+    pretrained.pretrained_model(decoder_run[0] / 'model'),
+    pretrained.pretrained_model(directory),
+  )
+
+
+@pytest.fixture(scope='module')
+def finished(donors, tmp_path_factory):
+  """An uninterrupted run of a composition."""
+  directory = tmp_path_factory.mktemp('finished')
+  run(directory, donors)
+  return directory
+
+
+def metrics_of(directory):
+  lines = (directory / 'metrics.jsonl').read_text().splitlines()
+  return [
+    {k: v for k, v in json.loads(line).items() if not k.endswith(RATES)}
+    for line in lines
+  ]
+
+
+# --- What a run leaves behind ------------------------------------------------
+
+
+def test_a_decoder_is_trained_and_exported(decoder_run):
+  directory, measured = decoder_run
+  rows = metrics_of(directory)
+  assert [row['step'] for row in rows] == [10, 20, 30]
+  assert rows[-1]['train/loss'] == measured['train/loss']
+  assert rows[-1]['train/loss'] < 0.8 * rows[0]['train/loss']
+  config = pretrained.pretrained_model(directory / 'model').config
+  assert config == dataclasses.replace(ANCHOR, param_dtype='bfloat16')
+  params, _ = pretrained.read_weights(directory / 'model')
+  leaves = jax.tree.leaves(params)
+  assert all(leaf.dtype == jnp.bfloat16 for leaf in leaves)
+  assert not (directory / 'composition.safetensors').exists()
+
+
+def test_a_run_writes_what_was_trained_and_nothing_frozen(finished, donors):
+  theta = safetensors.numpy.load_file(finished / 'composition.safetensors')
+  assert all(name.startswith('code_0_into_0/') for name in theta)
+  assert np.any(theta['code_0_into_0/out/kernel'])
+  rows = metrics_of(finished)
+  assert [row['step'] for row in rows] == list(range(1, STEPS + 1))
+  assert rows[2]['train/learning_rate'] == pytest.approx(1e-3)
+
+  config = json.loads((finished / 'calm_config.json').read_text())
+  assert config['connections'] == [
+    {'anchor_layer': 0, 'augmenting_layer': 0, 'augmenting': 'code'}
+  ]
+  assert str(finished.parent) not in json.dumps(config)
+  frozen = []
+  for name, spec in zip(('anchor', 'code'), donors, strict=True):
+    params, fingerprint = pretrained.read_weights(spec.path)
+    assert config['fingerprints'][name] == fingerprint
+    frozen += [x for x in jax.tree.leaves(params) if x.size > 100]
+
+  # Not their bytes, in the stored or the computed dtype.
+  steps = sorted(path.name for path in (finished / 'checkpoints').iterdir())
+  assert steps == ['2', '4', '6']
+  files = [path for path in finished.rglob('*') if path.is_file()]
+  contents = b''.join(path.read_bytes() for path in files)
+  for leaf in frozen:
+    for dtype in (leaf.dtype, jnp.float32, jnp.bfloat16):
+      assert leaf.astype(dtype).tobytes()[:64] not in contents
+  assert theta['code_0_into_0/out/kernel'].tobytes() in contents
+  # Orbax compresses, so ask it what its arrays are.
+  metadata = (
+    finished / 'checkpoints' / '6' / 'state' / '_METADATA'
+  ).read_text()
+  arrays = json.loads(metadata)['tree_metadata'].values()
+  names = [entry['key_metadata'][0]['key'] for entry in arrays]
+  parts = {name.split('/')[0] for name in names}
+  assert parts == {'opt_state', 'params', 'rng', 'step'}
+  for name in names:
+    if name.endswith(('kernel', 'scale', 'table')):
+      assert '/composition/code_0_into_0/' in f'/{name}'
+
+
+# --- Resuming ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize('fail_at', [2, 6])
+def test_an_interrupted_run_ends_as_if_it_had_not_been(
+  fail_at, finished, donors, tmp_path
+):
+  failing = functools.partial(toy_batches, fail_at=fail_at)
+  with pytest.raises(KeyboardInterrupt):
+    run(tmp_path, donors, make_batches=failing)
+  logged = len(metrics_of(tmp_path))
+  assert logged == fail_at - 1
+  assert not (tmp_path / 'composition.safetensors').exists()
+  run(tmp_path, donors)
+  file = 'composition.safetensors'
+  assert (tmp_path / file).read_bytes() == (finished / file).read_bytes()
+  assert metrics_of(tmp_path) == metrics_of(finished)
+
+
+def test_a_finished_run_is_left_as_it_is(finished, donors):
+  before = (finished / 'composition.safetensors').read_bytes()
+  rows = metrics_of(finished)
+  run(finished, donors, make_batches=functools.partial(toy_batches, fail_at=3))
+  assert (finished / 'composition.safetensors').read_bytes() == before
+  assert metrics_of(finished) == rows
+
+
+def test_a_loss_that_is_no_number_is_not_saved(donors, tmp_path):
+  """It is noticed at the next checkpoint, even if it is not logged."""
+  broken = functools.partial(toy_batches, nan_at=3)
+  with pytest.raises(FloatingPointError, match='The loss of step 4 is nan'):
+    run(tmp_path, donors, make_batches=broken, log_every=50)
+  saved = checkpoints.Checkpoints(tmp_path / 'checkpoints')
+  assert saved.steps() == [2]
+  saved.close()
+  assert not (tmp_path / 'composition.safetensors').exists()
+
+
+# --- Refusals ----------------------------------------------------------------
+
+
+def test_a_directory_belongs_to_one_run(finished, donors, tmp_path):
+  anchor, augmenting = donors
+  toys.model_directory(tmp_path, AUGMENTING, seed=1)
+  other = pretrained.pretrained_model(tmp_path)
+  with pytest.raises(ValueError, match=r"weights or the vocabulary of 'code'"):
+    run(finished, (anchor, other))
+  moved = dataclasses.replace(
+    COMPOSITION,
+    mapping=connections.LayerMapping.explicit([tiny.connection(1, 0)]),
+  )
+  with pytest.raises(ValueError, match=r'code_0_into_0.*code_0_into_1'):
+    run(finished, donors, composition=moved)
+  with pytest.raises(ValueError, match=r"the models \['anchor', 'code'\]"):
+    run(
+      finished,
+      donors,
+      augmenting={'math': augmenting},
+      composition=dataclasses.replace(
+        COMPOSITION,
+        mapping=connections.LayerMapping.explicit(
+          [tiny.connection(0, 0, 'math')]
+        ),
+      ),
+    )
+
+
+@pytest.mark.parametrize(
+  ('settings', 'message'),
+  [
+    ({'train_steps': 0}, 'TRAIN_STEPS = 0: it must be at least 1'),
+    ({'trainable': 'anchor'}, r"'anchor' is not one of \['composition'\]"),
+    ({'microbatches': 3}, 'BATCH_SIZE = 8 cannot be split into 3 microbatch'),
+    ({'batch_size': 6, 'make_mesh': sharding.make_mesh}, 'multiple of 8'),
+    (
+      {'make_mesh': lambda: sharding.make_mesh(fsdp=3)},
+      'A mesh of data=2 x fsdp=3 x tensor=1 needs 6 devices, and there are 8',
+    ),
+    (
+      {'make_mesh': lambda: sharding.make_mesh(tensor=8)},
+      "axis 'vocab' of size 26 cannot be split over mesh axis 'tensor' of si",
+    ),
+    ({'composition': None}, 'belong together'),
+    ({'augmenting': {}}, 'belong together'),
+  ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+  settings, message, donors, tmp_path
+):
+  directory = tmp_path / 'new'
+  with pytest.raises(ValueError, match=message):
+    run(directory, donors, **settings)
+  assert not directory.exists()
+
+
+def test_models_must_share_a_vocabulary(donors, tmp_path):
+  other = dataclasses.replace(
+    donors[1],
+    vocabulary=toys.vocabulary(VOCAB, unk_token='<other>'),
+  )
+  with pytest.raises(ValueError, match="'code' has another vocabulary"):
+    run(tmp_path / 'new', (donors[0], other))
+  assert not (tmp_path / 'new').exists()
