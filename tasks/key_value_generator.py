@@ -211,17 +211,35 @@ def _scratchpad(table: tables.Table, e: tables.Expression) -> tuple[str, str]:
   return inputs, f'{e.text(table.value_words)} = {answer}'
 
 
+# What the operands of training expressions may be.
+_TABLES = {
+  'keys': tables.table,
+  'held_in': tables.table,
+  'integers': tables.integer_table,
+  'held_in and integers': tables.joint_table,
+}
+
+
 def _training_expressions(
   config: tables.KeyValueConfig,
   rng: np.random.Generator,
   operands: str,
   count: int,
 ) -> list[tables.Expression]:
-  """Draws expressions over 'keys', 'held_in' keys or 'integers'."""
+  """Draws expressions whose operands are those of `_TABLES[operands]`."""
+  held_in = np.flatnonzero(tables.table(config).held_in)
+  integers = np.arange(1, config.max_value + 1)
+  if operands == 'held_in and integers':
+    pool = [held_in, config.num_keys + np.resize(integers, held_in.size)]
+
+    def accept(e):  # at least one of each: never an evaluated expression
+      return min(e.operands) < config.num_keys <= max(e.operands)
+
+    return _expressions(config, rng, np.concatenate(pool), count, accept)
   pool = {
     'keys': np.arange(config.num_keys),
-    'held_in': np.flatnonzero(tables.table(config).held_in),
-    'integers': np.arange(1, config.max_value + 1),
+    'held_in': held_in,
+    'integers': integers,
   }[operands]
   evaluated = _evaluated(config, operands)
   return _expressions(config, rng, pool, count, lambda e: e not in evaluated)
@@ -309,7 +327,7 @@ def _expression_task(
   operands: str,
   *splits: str,
 ) -> Task:
-  make_table = tables.integer_table if operands == 'integers' else tables.table
+  make_table = _TABLES[operands]
 
   def draw(config, rng, count):
     expressions = _training_expressions(config, rng, operands, count)
@@ -335,6 +353,7 @@ TASKS = {
   'kv_dc_subs': _expression_task(_substitution, 'held_in', 'train'),
   'kv_dc_math': _expression_task(_direct, 'held_in', 'train'),
   'kv_dc_scratchpad': _expression_task(_scratchpad, 'held_in', 'train'),
+  'kv_dc_partly': _expression_task(_direct, 'held_in and integers', 'train'),
   'kv_dc_numeric': _expression_task(_direct, 'integers', 'train'),
 }
 
@@ -350,7 +369,7 @@ MIXTURES = {
   'kv_dc_mix_direct': {
     'kv_dc_subs': 1.0,
     'kv_dc_math': 2.0,
-    'kv_dc_numeric': 1.0,
+    'kv_dc_numeric': 2.0,
   },
   'kv_dc_mix_scratchpad': {
     'kv_dc_subs': 1.0,
