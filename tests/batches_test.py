@@ -282,3 +282,38 @@ def test_tokenize_crosses_chunks_and_appends_eos():
   assert len(ids) == 1500
   assert ids[1200]['inputs'] == []
   assert ids[1200]['targets'] == [*b'1200', vocabulary.eos_id]
+
+
+def test_targets_per_row_closes_a_row_before_it_has_too_many():
+  examples = [{'inputs': [1, 2], 'targets': [3, 4]}] * 40
+
+  def rows(limit):
+    return batches.ExampleBatches(
+      lambda start: iter(examples[start:]),
+      batch_size=2,
+      length=12,
+      pack=True,
+      bos_id=None,
+      pad_id=0,
+      targets_per_row=limit,
+    )
+
+  free, limited = next(rows(None)), next(rows(5))
+  assert (free['decoder_loss_weights'].sum(1) == 8).all()
+  assert (limited['decoder_loss_weights'].sum(1) == 4).all()
+  with pytest.raises(ValueError, match='for 1 targets'):
+    next(rows(1))
+
+
+def test_npz_rows_are_batches(tmp_path):
+  rows = batches.empty_batch((4, 6), pad_id=0)
+  rows['decoder_loss_weights'][:, :3] = 1
+  np.savez(tmp_path / 'rows.npz', **rows)
+  path = str(tmp_path / 'rows.npz')
+  batch = next(batches.npz_batches(path=path, batch_size=2, seed=0))
+  assert batch['decoder_loss_weights'].sum() == 6
+  with pytest.raises(ValueError, match='3 supervised positions'):
+    batches.npz_batches(path=path, batch_size=2, seed=0, targets_per_row=2)
+  np.savez(tmp_path / 'other.npz', tokens=np.zeros(3))
+  with pytest.raises(ValueError, match='decoder_input_tokens'):
+    batches.npz_batches(path=str(tmp_path / 'other.npz'), batch_size=2, seed=0)

@@ -306,3 +306,24 @@ def test_augmenting_models_run_to_their_last_tap_only():
     tower[name] = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), tower[name])
   broken = {**params, 'augmenting': {'code': tower}}
   np.testing.assert_array_equal(tiny.logits(model, broken, batch), expected)
+
+
+def test_a_closed_gate_leaves_the_anchor_alone():
+  model = tiny.composed(gate='sigmoid')
+  params = tiny.init(model)
+  batch = tiny.batch_of(tiny.tokens((2, 6)))
+  alone = tiny.logits(
+    composition.ComposedLM(model.anchor), {'anchor': params['anchor']}, batch
+  )
+  assert np.abs(tiny.logits(model, params, batch) - alone).max() > 1e-2
+  theta = {
+    key: {
+      **one,
+      'gate': jax.tree.map(lambda x: jnp.full_like(x, -1e4), one['gate']),
+    }
+    for key, one in params['composition'].items()
+  }
+  for one in theta.values():  # the bias alone decides
+    one['gate']['kernel'] = jnp.zeros_like(one['gate']['kernel'])
+  closed = tiny.logits(model, {**params, 'composition': theta}, batch)
+  np.testing.assert_allclose(closed, alone, atol=1e-6)

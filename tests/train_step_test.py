@@ -291,3 +291,19 @@ def test_a_step_costs_what_it_must(stack, depths, mapping):
     model, shapes, trainable='composition', tokens=B * T, length=T
   )
   assert 0.95 <= flops.compiled(text) / least <= 1.05
+
+
+def test_logits_of_supervised_positions_only_give_the_same_loss():
+  params = tiny.init(SMALL)
+  batch = tiny.batch_of(np.random.default_rng(0).integers(0, VOCAB, (3, 8)))
+  batch['decoder_loss_weights'][:, [0, 2, 3, 6]] = 0
+  loss = jax.jit(
+    functools.partial(train_step.loss_fn, frozen={}, model=SMALL),
+    static_argnames='targets_per_row',
+  )
+  everywhere, sums = loss(params, batch=batch, targets_per_row=None)
+  supervised, same = loss(params, batch=batch, targets_per_row=4)
+  np.testing.assert_allclose(supervised, everywhere, rtol=1e-5)
+  assert sums.weight == same.weight and sums.correct == same.correct
+  fewer, _ = loss(params, batch=batch, targets_per_row=2)
+  assert abs(fewer - everywhere) > 1

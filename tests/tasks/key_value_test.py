@@ -13,7 +13,8 @@ import pytest
 import seqio
 
 from calm_jax import batches, data
-from calm_jax.tasks import key_value, key_value_generator, key_value_tables
+from calm_jax.tasks import key_value  # noqa: F401  registers with SeqIO
+from calm_jax.tasks import key_value_generator, key_value_tables
 
 _EVALUATED = ('kv_substitution', 'kv_arithmetic', 'kv_arithmetic_scratchpad')
 _BY_KEYS = ('held_in', 'mixed', 'held_out')
@@ -142,7 +143,7 @@ def test_held_out_keys_and_evaluated_expressions_are_not_in_d_c():
   }
   used = set()
   for mixture in ('kv_dc_mix_direct', 'kv_dc_mix_scratchpad'):
-    for task in key_value.MIXTURES[mixture]:
+    for task in key_value_generator.MIXTURES[mixture]:
       for example in _examples(task, count=10_000):
         used.update(_keys(example['inputs'], table))
         assert example['inputs'][:-2].strip() not in evaluated
@@ -175,20 +176,47 @@ def test_donors_see_what_they_should():
     assert example['inputs'] == '' and len(words) == 24
     pairs.update(zip(words[::3], words[1::3], strict=True))
   assert pairs == set(value.items())
-  text = ' '.join(e['targets'] for e in _examples('neutral_text'))
-  assert not re.search(r'[a-wyz]\w* \d', ' '.join(_keys_then_next(text, table)))
-  assert len(set(_keys(text, table))) > 2900
+  rows = _examples('neutral_text')
+  text = ' '.join(f'{e["inputs"]} {e["targets"]};' for e in rows)
+  assert not _keys(text, table)
   assert re.search(r'\b(\w+ \w+ \w+) \| \1\b', text)
+  assert re.search(r'\b(\d+ [+-] \d+) -> \1\b', text)
   calculations = re.findall(r'((?:\d+ [+-] )+\d+) = ((?:- )?\d+)', text)
   assert len(calculations) > 1000
   assert all(_result(left) == right for left, right in calculations)
+  for example in _examples('kv_recall', count=50):
+    assert example['inputs'].endswith(' =')
+    keys = _keys(example['inputs'], table)
+    assert re.findall(r'\d+', example['targets']) == [value[k] for k in keys]
 
 
-def _keys_then_next(text, table):
-  """Yields each key with the word that follows it."""
-  for word, following in itertools.pairwise(text.split()):
-    if word in _known(table):
-      yield f'{word} {following};'
+def test_partly_numeric_rows_mix_held_in_keys_and_integers():
+  table = key_value_tables.table(_QUICK)
+  number = dict(zip(table.keys, map(str, table.values), strict=True))
+  held_in = {k for k, h in zip(table.keys, table.held_in, strict=True) if h}
+  for example in _examples('kv_dc_partly', count=500):
+    words = example['inputs'].removesuffix(' =').split()
+    keys = _keys(example['inputs'], table)
+    assert keys and set(keys) <= held_in
+    assert any(word.isdigit() for word in words)
+    numeric = ' '.join(number.get(word, word) for word in words)
+    assert _result(numeric) == example['targets']
+
+
+def test_mixture_without_seqio_draws_by_rate_and_starts_anywhere():
+  def rows(start, count):
+    stream = key_value_generator.mixture(
+      'kv_dc_mix_direct', 'quick', seed=4, start=start
+    )
+    return list(itertools.islice(stream, count))
+
+  every = rows(0, 2000)
+  for start in (1, 1023, 1024, 1500):
+    assert rows(start, 40) == every[start : start + 40]
+  rates = key_value_generator.MIXTURES['kv_dc_mix_direct']
+  share = np.mean([row['inputs'].endswith('->') for row in every])
+  expected = rates['kv_dc_subs'] / sum(rates.values())
+  assert abs(share - expected) < 4 * (expected * (1 - expected) / 2000) ** 0.5
 
 
 @pytest.mark.parametrize('task', ['kv_dc_math', 'neutral_text'])
@@ -262,7 +290,7 @@ def test_seqio_and_numpy_paths_agree(task):
 
 
 @pytest.mark.parametrize('size', ['quick', 'paper'])
-@pytest.mark.parametrize('mixture', list(key_value.MIXTURES))
+@pytest.mark.parametrize('mixture', list(key_value_generator.MIXTURES))
 def test_mixtures_give_batches(mixture, size):
   lengths = {'inputs': 32, 'targets': 128}
   make = lambda: data.seqio_batches(
