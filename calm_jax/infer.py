@@ -84,7 +84,7 @@ def infer(
 def _open(path: str, mode: str, standard: TextIO):
   if path == '-':
     return contextlib.nullcontext(standard)
-  return pathlib.Path(path).open(mode)
+  return pathlib.Path(path).open(mode, encoding='utf-8')
 
 
 def _rows(source: TextIO) -> Iterator[dict]:

@@ -16,8 +16,9 @@ class OptimizerConfig:
 
   Attributes:
     name: 'adamw' (arXiv 1711.05101), 'adafactor' (arXiv 1804.04235), or 'muon'
-      (arXiv 2502.16982) for kernels with adamw for embeddings and vectors.
-    learning_rate: the peak; with muon, that of adamw.
+      (arXiv 2502.16982) for kernels, with optax's Adam with Nesterov momentum
+      for embeddings and vectors, which then have no weight decay.
+    learning_rate: the peak; with muon, that of all but kernels.
     muon_learning_rate: the peak for kernels.
     warmup_steps: steps of linear rise from 0.
     final_fraction: the cosine ends at this fraction of the peak.

@@ -100,6 +100,9 @@ def train(
   sharding.check_batch_size(batch_size // microbatches, mesh)
   boxed = jax.eval_shape(model.init_params, jax.random.key(random_seed))
   places = sharding.param_shardings(boxed, mesh)
+  limit = {'targets_per_row': targets_per_row} if targets_per_row else {}
+  limit |= {'seed': random_seed, 'vocabulary': anchor.vocabulary}
+  batches = make_batches(batch_size=batch_size, **limit)
   shapes = nn.unbox(boxed)
   say(metrics.connection_table(model))
   say(metrics.parameter_report(shapes, trainable=trainable))
@@ -126,9 +129,6 @@ def train(
   state_places = train_state.shardings(
     jax.eval_shape(create_state), {trainable: places[trainable]}, mesh
   )
-  limit = {'targets_per_row': targets_per_row} if targets_per_row else {}
-  limit |= {'seed': random_seed, 'vocabulary': anchor.vocabulary}
-  batches = make_batches(batch_size=batch_size, **limit)
   kept = directory / 'checkpoints'
   saved = checkpoints.Checkpoints(kept, keep=keep_checkpoints)
   state = _restore_or_create(saved, create_state, state_places, batches)

@@ -102,7 +102,10 @@ def pretrained_model(
 
 def read_config(file: pathlib.Path) -> TransformerConfig:
   """Reads `config.json`; an unknown model type or field is a ValueError."""
-  fields = json.loads(file.read_text())
+  try:
+    fields = json.loads(file.read_text())
+  except json.JSONDecodeError as error:
+    raise ValueError(f'{file} is not JSON: {error}.') from error
   model_type = fields.pop('model_type', None)
   if model_type != MODEL_TYPE:
     raise ValueError(
@@ -115,9 +118,12 @@ def read_config(file: pathlib.Path) -> TransformerConfig:
       f'{file}: unknown fields {sorted(fields.keys() - known)}; this version'
       f' knows {sorted(known)}.'
     )
-  if fields.get('rope_scaling'):
-    fields['rope_scaling'] = RopeScaling(**fields['rope_scaling'])
-  return TransformerConfig(**fields)
+  try:
+    if fields.get('rope_scaling'):
+      fields['rope_scaling'] = RopeScaling(**fields['rope_scaling'])
+    return TransformerConfig(**fields)
+  except TypeError as error:  # a field is missing
+    raise ValueError(f'{file}: {error}.') from error
 
 
 def read_weights(path: pathlib.Path) -> tuple[dict[str, Any], str]:

@@ -13,8 +13,11 @@ import pytest
 import seqio
 
 from calm_jax import batches, data
-from calm_jax.tasks import key_value  # noqa: F401  registers with SeqIO
-from calm_jax.tasks import key_value_generator, key_value_tables
+from calm_jax.tasks import (
+  key_value,  # noqa: F401  registers with SeqIO
+  key_value_generator,
+  key_value_tables,
+)
 
 _EVALUATED = ('kv_substitution', 'kv_arithmetic', 'kv_arithmetic_scratchpad')
 _BY_KEYS = ('held_in', 'mixed', 'held_out')
