@@ -16,7 +16,7 @@ import types
 import typing
 from typing import Any, Literal
 
-from absl import app, flags
+from absl import app, flags, logging
 import gin
 from gin import config as gin_config
 
@@ -305,6 +305,7 @@ def main(entry: str) -> None:
   )
   flags.DEFINE_list('gin_search_paths', [], 'Folders to look for gin files in.')
   flags.mark_flag_as_required('gin_file')
+  logging.set_verbosity(logging.WARNING)  # JAX tells of every missing backend
   argv = [
     re.sub(r'^--gin\.([^=]+)=(.*)$', r'--gin_bindings=\1 = \2', arg, flags=re.S)
     for arg in sys.argv

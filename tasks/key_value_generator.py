@@ -197,11 +197,6 @@ def _substitution(table: tables.Table, e: tables.Expression) -> tuple[str, str]:
   return f'{e.text(table.keys)} ->', e.text(table.value_words)
 
 
-def _recall(table: tables.Table, e: tables.Expression) -> tuple[str, str]:
-  """Substitution, asked for in the words of arithmetic."""
-  return f'{e.text(table.keys)} =', e.text(table.value_words)
-
-
 def _direct(table: tables.Table, e: tables.Expression) -> tuple[str, str]:
   return f'{e.text(table.keys)} =', _number(e.value(table.values))
 
@@ -343,7 +338,6 @@ TASKS = {
   'kv_substitution': _expression_task(
     _substitution, 'keys', 'train', *_BY_KEYS
   ),
-  'kv_recall': _expression_task(_recall, 'keys', 'train'),
   'numeric_arithmetic': _expression_task(_direct, 'integers', 'train', 'test'),
   'neutral_text': Task(splits=('train',), draw=_neutral_text),
   # What only the composition can do.
@@ -360,11 +354,7 @@ TASKS = {
 
 # Rates, relative within a mixture.
 MIXTURES = {
-  'kv_augmenting_donor': {
-    'key_value_pairs': 1.0,
-    'kv_substitution': 1.0,
-    'kv_recall': 1.0,
-  },
+  'kv_augmenting_donor': {'key_value_pairs': 1.0, 'kv_substitution': 2.0},
   'kv_anchor_donor': {'numeric_arithmetic': 9.0, 'neutral_text': 1.0},
   'kv_dc_mix_direct': {
     'kv_dc_subs': 1.0,

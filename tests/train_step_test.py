@@ -294,7 +294,7 @@ def test_a_step_costs_what_it_must(stack, depths, mapping):
 
 
 def test_logits_of_supervised_positions_only_give_the_same_loss():
-  params = tiny.init(SMALL)
+  params = toys.params(SMALL)
   batch = tiny.batch_of(np.random.default_rng(0).integers(0, VOCAB, (3, 8)))
   batch['decoder_loss_weights'][:, [0, 2, 3, 6]] = 0
   loss = jax.jit(
