@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from calm_jax import assembly, evaluate, gin_setup, train, train_state
@@ -35,6 +36,8 @@ def donor(tmp_path):
 def run_file(tmp_path, donor):
   """A whole training run of a composition, without SeqIO."""
   file = tmp_path / 'run.gin'
+  rows = tmp_path / 'rows.npz'
+  np.savez(rows, **tiny.batch_of(tiny.tokens((16, 8))))
   file.write_text(f"""
 MODEL_DIR = %gin.REQUIRED
 TRAIN_STEPS = 20
@@ -52,7 +55,7 @@ OptimizerConfig.learning_rate = %LEARNING_RATE
 CompositionConfig.mapping = @LayerMapping.every()
 LayerMapping.every.augmenting_stride = 2
 pretrained_model.path = '{donor}'
-npz_batches.path = 'rows.npz'
+npz_batches.path = '{rows}'
 """)
   return file
 

@@ -33,6 +33,8 @@ def params(model, *, seed=0, zero_output=False):
       array = TABLE_STDDEV * rng.normal(size=leaf.shape)
     elif zero_output and name.startswith('composition/') and '/out/' in name:
       array = np.zeros(leaf.shape)
+    elif name.endswith('bias'):
+      array = 0.1 * rng.normal(size=leaf.shape)
     else:
       array = rng.normal(size=leaf.shape) / np.sqrt(leaf.shape[-2])
     return array.astype(leaf.dtype)
