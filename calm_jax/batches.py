@@ -301,27 +301,6 @@ def check_supervised(batch: Batch, where: str) -> Batch:
   return batch
 
 
-def process_rows(batch: Batch, *, index: int, count: int) -> Batch:
-  """Returns the rows of one process: the `index`-th of `count` equal blocks.
-
-  Args:
-    batch: arrays [B, ...], the same on every process.
-    index: the process, from 0.
-    count: how many processes there are; must divide B.
-
-  Returns:
-    Arrays [B / count, ...].
-  """
-  size = len(next(iter(batch.values())))
-  if size % count or not 0 <= index < count:
-    raise ValueError(
-      f'Process {index} of {count} has no equal share of a batch of {size} '
-      f'rows; choose a batch size that {count} divides.'
-    )
-  rows = size // count
-  return {k: v[index * rows : (index + 1) * rows] for k, v in batch.items()}
-
-
 def pad_prompts(
   prompts: Sequence[Sequence[int]],
   *,

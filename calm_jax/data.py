@@ -174,7 +174,7 @@ def seqio_batches(
   """Returns the batches of a registered task or mixture, repeated for ever.
 
   Every process makes the same global batches, and takes its rows of them
-  (`batches.process_rows`). To continue, the stream is made anew up to the
+  (`sharding.put_batch`). To continue, the stream is made anew up to the
   saved position: exact, without buffers to save, at the cost of tokenizing what
   was consumed once more.
 

@@ -150,7 +150,7 @@ class Log:
     Raises:
       FloatingPointError: if the loss is not finite.
     """
-    self.check_finite(step, measured)
+    self.check(step, measured)
     values = {f'train/{k}': float(v) for k, v in measured.items()}
     values['train/learning_rate'] = float(self._schedule(step - 1))
     values |= self._rates(step, wait_seconds)
@@ -162,8 +162,19 @@ class Log:
         self._board.add_scalar(name, value, step)
       print(self._line(step, values), flush=True)
 
-  def check_finite(self, step: int, measured: Mapping[str, Any]) -> None:
-    """Raises FloatingPointError, naming the step, unless the loss is finite."""
+  def check(self, step: int, measured: Mapping[str, Any]) -> None:
+    """Raises an error that names the step if it must not be saved.
+
+    Raises:
+      FloatingPointError: if the loss is not finite.
+      ValueError: if targets were left out of the loss.
+    """
+    dropped = float(measured['dropped_targets'])
+    if dropped > 0.5:
+      raise ValueError(
+        f'Step {step} left {dropped:g} targets out of the loss: a row has more'
+        ' than targets_per_row. Raise that, or let make_batches keep to it.'
+      )
     loss = float(measured['loss'])
     if not np.isfinite(loss):
       raise FloatingPointError(

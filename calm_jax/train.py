@@ -172,7 +172,7 @@ def train(
         if step % log_every == 0 or step == train_steps:
           log.write(step, measured, wait_seconds=feed.wait_seconds)
         if step % checkpoint_every == 0 or step == train_steps:
-          log.check_finite(step, measured)  # never save a broken state
+          log.check(step, measured)  # never save a broken state
           saved.save(state, data_state=feed.state())
   finally:
     feed.close()

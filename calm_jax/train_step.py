@@ -91,6 +91,7 @@ def make_train_step(
       'accuracy': sums.correct / sums.weight,
       'target_tokens': sums.weight,
       'grad_norm': optax.global_norm(gradients),
+      'dropped_targets': jnp.sum(batch['decoder_loss_weights']) - sums.weight,
     }
     state = state.replace(
       step=state.step + 1,

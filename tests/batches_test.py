@@ -254,16 +254,6 @@ def test_prefetcher_works_ahead_measures_and_closes():
   assert threading.active_count() == before
 
 
-def test_process_rows_partition_the_batch():
-  batch = {'x': np.arange(12).reshape(6, 2)}
-  parts = [batches.process_rows(batch, index=i, count=3) for i in range(3)]
-  np.testing.assert_array_equal(
-    np.concatenate([part['x'] for part in parts]), batch['x']
-  )
-  with pytest.raises(ValueError, match='choose a batch size that 4 divides'):
-    batches.process_rows(batch, index=0, count=4)
-
-
 def test_pad_prompts():
   tokens, lengths = batches.pad_prompts([[1, 0], [3, 0, 0]], pad_id=9)
   assert tokens.dtype == lengths.dtype == np.int32

@@ -254,7 +254,7 @@ def test_metrics_are_cut_to_the_restored_step(tmp_path):
     step_flops=lambda tokens, length: 1.0,
   )
   log.start((2, 3), 0.0)
-  measured = {'loss': 2.0, 'accuracy': 0.0}
+  measured = {'loss': 2.0, 'accuracy': 0.0, 'dropped_targets': 0.0}
   log.write(5, measured, wait_seconds=0.0)
   with pytest.raises(FloatingPointError, match='loss of step 6 is nan'):
     log.write(6, {**measured, 'loss': float('nan')}, wait_seconds=0.0)

@@ -306,3 +306,12 @@ def test_models_must_share_a_vocabulary(donors, tmp_path):
   with pytest.raises(ValueError, match="'code' has another vocabulary"):
     run(tmp_path / 'new', (donors[0], other))
   assert not (tmp_path / 'new').exists()
+
+
+def test_a_target_left_out_of_the_loss_is_an_error(donors, tmp_path):
+  def careless(*, targets_per_row, **rest):
+    return toy_batches(**rest)  # rows with a loss everywhere
+
+  with pytest.raises(ValueError, match='Step 1 left .* targets_per_row'):
+    run(tmp_path, donors, make_batches=careless, targets_per_row=2)
+  assert not (tmp_path / 'composition.safetensors').exists()
