@@ -55,10 +55,17 @@ class ComposedCache:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-  """The tokens one model reads, and where they are."""
+  """The tokens one model reads, and where they are.
+
+  Attributes:
+    tokens: int32 ids.
+    where: their positions and masks.
+    noise: added to their embeddings, in units of each one's root mean square.
+  """
 
   tokens: Array
   where: attention.Positions
+  noise: Array | None = None
 
 
 class ComposedLM:
@@ -159,7 +166,8 @@ class ComposedLM:
         `decoder_segment_ids`, all int32 [B, T]; and, where the augmenting
         models have tokens of their own, `augmenting_input_tokens`,
         `augmenting_positions`, `augmenting_segment_ids` and
-        `augmenting_visible_from`, all int32 [B, S].
+        `augmenting_visible_from`, all int32 [B, S]. While training,
+        `decoder_embedding_noise` [B, T, D] disturbs the anchor's embeddings.
       logits_at_BM: int32 indices into T; if given, only the logits of these
         positions are computed, [B, M, V].
     """
@@ -291,6 +299,8 @@ class ComposedLM:
       )
 
     x_BTD, done = self._apply_anchor(params, 'embed', anchor.tokens), 0
+    if anchor.noise is not None:
+      x_BTD = layers.disturb(x_BTD, anchor.noise)
     for layer in self.composed_layers:
       x_BTD, done = run(x_BTD, done, layer + 1), layer + 1
       ending_here = [c for c in self.connections if c.anchor_layer == layer]
@@ -321,4 +331,5 @@ def _view(batch: Batch, side: str) -> View:
   where = attention.Positions.full(
     batch[f'{side}_positions'], batch[f'{side}_segment_ids']
   )
-  return View(batch[f'{side}_input_tokens'], where)
+  noise = batch.get(f'{side}_embedding_noise')
+  return View(batch[f'{side}_input_tokens'], where, noise)

@@ -47,6 +47,7 @@ def train(
   random_seed: int = 0,
   microbatches: int = 1,
   z_loss: float = 0.0,
+  embedding_noise: float = 0.0,
   targets_per_row: int | None = None,
   stack: Literal['loop', 'scan'] = 'loop',
   make_mesh: Callable[[], Mesh] = sharding.make_mesh,
@@ -61,17 +62,17 @@ def train(
   Args:
     model_dir: where everything is written; a second call continues there.
     anchor: the model that is extended, or trained from scratch.
-    make_batches: called with `batch_size`, `seed`, `vocabulary`, and, where it
-      is set, `targets_per_row`; returns global batches.
+    make_batches: returns global batches; called as `batches.npz_batches` is.
     train_steps: updates in the whole run, resumed parts included.
     batch_size: rows of a global batch.
     augmenting: frozen models that are read, by name.
     composition: mapping and form of the cross-attention.
     trainable: the subtree that is trained; all others are frozen.
-    optimizer: AdamW or Adafactor with its schedule.
+    optimizer: AdamW, Adafactor or Muon with its schedule.
     random_seed: of initialisation and data.
     microbatches: slices of a batch whose gradients are added.
     z_loss: weight of (log Z)^2.
+    embedding_noise: most noise on the anchor's embeddings, as in `train_step`.
     targets_per_row: if set, only so many positions of a row get logits.
     stack: whether blocks are a loop or scanned segments.
     make_mesh: arranges the devices.
@@ -136,20 +137,19 @@ def train(
   say(f'{trainable}: trained from step {first_step}, seed {random_seed}')
   say(metrics.memory_report(frozen=frozen, trained=state))
 
-  # --- The step --------------------------------------------------------------
+  # --- Train: the step, and the loop -----------------------------------------
   step_fn = jax.jit(
     train_step.make_train_step(
       model,
       update,
       microbatches=microbatches,
       z_loss=z_loss,
+      embedding_noise=embedding_noise,
       targets_per_row=targets_per_row,
     ),
     donate_argnums=0,
     out_shardings=(state_places, sharding.replicated(mesh)),
   )
-
-  # --- Train -----------------------------------------------------------------
   feed = Prefetcher(batches)
   log = metrics.Log(
     directory,

@@ -20,7 +20,7 @@ class TrainState:
     step: int32 scalar, updates made so far.
     params: the trained subtree alone, {'composition': ...} for example.
     opt_state: of the optimizer, for `params` alone.
-    rng: key data of the run, uint32. No layer draws from it yet.
+    rng: key data of the run, uint32. Each step folds its number in.
   """
 
   step: Array

@@ -61,6 +61,7 @@ def make_train_step(
   optimizer: optax.GradientTransformation,
   *,
   microbatches: int = 1,
+  embedding_noise: float = 0.0,
   **loss_settings: Any,
 ) -> Step:
   """Returns the function (state, frozen, batch) -> (state, metrics).
@@ -70,6 +71,10 @@ def make_train_step(
     optimizer: for the trained subtree.
     microbatches: how many slices of the batch are run one after the other,
       their gradients added; must divide the batch.
+    embedding_noise: the anchor's embeddings get normal noise, at each token of
+      a size drawn from [0, this] times their own root mean square. It makes an
+      anchor read vectors that are only near its embeddings, as those of a
+      composition are (after NEFTune, arXiv 2310.05914).
     **loss_settings: further arguments of `loss_fn`.
   """
   differentiate = jax.grad(
@@ -77,6 +82,16 @@ def make_train_step(
   )
 
   def step(state, frozen, batch):
+    if embedding_noise:
+      rng = jax.random.wrap_key_data(state.rng)
+      batch = {
+        **batch,
+        'decoder_embedding_noise': _noise(
+          jax.random.fold_in(rng, state.step),
+          (*batch['decoder_input_tokens'].shape, model.anchor.width),
+          embedding_noise,
+        ),
+      }
     gradients, sums = _accumulate(
       functools.partial(differentiate, state.params, frozen),
       batch,
@@ -101,6 +116,13 @@ def make_train_step(
     return state, metrics
 
   return step
+
+
+def _noise(rng: Array, shape: tuple[int, ...], most: float) -> Array:
+  """Returns normal noise [B, T, D], of a size in [0, most] at each token."""
+  size_rng, noise_rng = jax.random.split(rng)
+  sizes_BT1 = jax.random.uniform(size_rng, (*shape[:-1], 1), maxval=most)
+  return sizes_BT1 * jax.random.normal(noise_rng, shape)
 
 
 def _accumulate(

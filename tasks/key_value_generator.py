@@ -206,6 +206,14 @@ def _scratchpad(table: tables.Table, e: tables.Expression) -> tuple[str, str]:
   return inputs, f'{e.text(table.value_words)} = {answer}'
 
 
+def _written_out(table: tables.Table, e: tables.Expression) -> tuple[str, str]:
+  return f'{e.text(table.keys)} =', f'{e.text(table.value_words)} ='
+
+
+def _silence(table: tables.Table, e: tables.Expression) -> tuple[str, str]:
+  return f'{e.text(table.keys)} =', ''
+
+
 # What the operands of training expressions may be.
 _TABLES = {
   'keys': tables.table,
@@ -269,14 +277,16 @@ def _neutral_text(
   """Writes words, repeated spans and calculations, to be continued.
 
   A row is parts in any order, and its last part is left for the targets: the
-  result of a calculation, or what repeats. No key occurs: to the anchor that
-  learns from these, keys are new words.
+  result of a calculation, also of one that continues an equation of words, or
+  what repeats. No key occurs: to the anchor that learns from these, keys are
+  new words.
   """
   integers = tables.integer_table(config)
   shape = (count, config.parts_per_row)
-  kinds = rng.choice(('repeat', 'copy', 'calculation'), shape)
-  needed = np.count_nonzero(kinds != 'repeat')
+  kinds = rng.choice(('repeat', 'copy', 'calculation', 'equation'), shape)
+  needed = 2 * np.count_nonzero(kinds != 'repeat')
   expressions = iter(_training_expressions(config, rng, 'integers', needed))
+  unknown = np.resize(tables.NEUTRAL_WORDS, config.max_value + 1).tolist()
   sizes = rng.integers(1, 5, shape).tolist()
   joints = rng.choice(JOINTS, shape).tolist()
   words = rng.choice(tables.NEUTRAL_WORDS, (*shape, 4)).tolist()
@@ -286,6 +296,9 @@ def _neutral_text(
     for kind, size, joint, span in zip(*row, strict=True):
       if kind == 'calculation':
         inputs, targets = _direct(integers, next(expressions))
+      elif kind == 'equation':
+        inputs, targets = _direct(integers, next(expressions))
+        inputs = f'{next(expressions).text(unknown)} = {inputs}'
       elif kind == 'copy':
         targets = next(expressions).text(integers.keys)
         inputs = f'{targets} ->'
@@ -340,6 +353,9 @@ TASKS = {
   ),
   'numeric_arithmetic': _expression_task(_direct, 'integers', 'train', 'test'),
   'neutral_text': Task(splits=('train',), draw=_neutral_text),
+  # Substitution after '=' too; about integers m_A has nothing to say.
+  'kv_written_out': _expression_task(_written_out, 'keys', 'train'),
+  'numeric_silence': _expression_task(_silence, 'integers', 'train'),
   # What only the composition can do.
   'kv_arithmetic': _expression_task(_direct, 'keys', *_BY_KEYS),
   'kv_arithmetic_scratchpad': _expression_task(_scratchpad, 'keys', *_BY_KEYS),
@@ -354,8 +370,13 @@ TASKS = {
 
 # Rates, relative within a mixture.
 MIXTURES = {
-  'kv_augmenting_donor': {'key_value_pairs': 1.0, 'kv_substitution': 2.0},
-  'kv_anchor_donor': {'numeric_arithmetic': 9.0, 'neutral_text': 1.0},
+  'kv_augmenting_donor': {
+    'key_value_pairs': 5.0,
+    'kv_substitution': 6.0,
+    'kv_written_out': 6.0,
+    'numeric_silence': 2.0,
+  },
+  'kv_anchor_donor': {'numeric_arithmetic': 17.0, 'neutral_text': 3.0},
   'kv_dc_mix_direct': {
     'kv_dc_subs': 1.0,
     'kv_dc_math': 2.0,

@@ -60,7 +60,7 @@ class KeyValueConfig:
   max_letters: int = 6
   held_in_fraction: float = 0.2
   pairs_per_row: int = 8
-  parts_per_row: int = 3
+  parts_per_row: int = 2
   evaluation_examples: int = 1000
   seed: int = 0
 
