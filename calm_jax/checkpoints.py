@@ -33,6 +33,10 @@ _DAMAGE = (
 )
 
 
+class _OtherModelError(ValueError):
+  """A step is sound, but of another model or optimizer."""
+
+
 class Checkpoints:
   """The checkpoints of one run, in MODEL_DIR/checkpoints/<step>."""
 
@@ -67,7 +71,12 @@ class Checkpoints:
     step = int(state.step)
     if step in self._manager.all_steps():
       return
-    manifest = {'arrays': _digests(state), 'data': data_state, 'step': step}
+    manifest = {
+      'arrays': _digests(state),
+      'shapes': _shapes(state),
+      'data': data_state,
+      'step': step,
+    }
     self._manager.save(
       step,
       args=ocp.args.Composite(
@@ -98,6 +107,8 @@ class Checkpoints:
     for step in reversed(steps):
       try:
         return self._restore_step(step, shapes)
+      except _OtherModelError:
+        raise
       except _DAMAGE as error:
         reason = str(error).strip().split('\n')[0] or type(error).__name__
         reasons.append(f'{step}: {reason}')
@@ -119,14 +130,17 @@ class Checkpoints:
     if _json_digest(manifest['manifest']) != manifest['sha256']:
       raise ValueError('its manifest does not match its own hash')
     manifest = manifest['manifest']
-    wanted = trees.flatten(shapes)
-    names = set(trees.flatten(wanted))
-    if names != set(manifest['arrays']):
-      difference = sorted(names ^ set(manifest['arrays']))
-      raise ValueError(
-        f'it is of another model or optimizer: {difference[:4]} are on one'
-        ' side only'
+    saved, wanted = manifest['shapes'], _shapes(shapes)
+    if saved != wanted:
+      names = saved.keys() | wanted.keys()
+      differ = sorted(n for n in names if saved.get(n) != wanted.get(n))
+      raise _OtherModelError(
+        f'{self._directory / str(step)} is of another model or optimizer:'
+        f' {differ[0]} is {saved.get(differ[0], "missing")} there, and'
+        f' {wanted.get(differ[0], "missing")} in this run ({len(differ)} arrays'
+        ' differ). Choose another MODEL_DIR, or the settings it was begun with.'
       )
+    wanted = trees.flatten(shapes)
     restored = self._manager.restore(
       step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
     )['state']
@@ -156,6 +170,12 @@ def _digests(state: TrainState) -> dict[str, str]:
     name: trees.digest(jax.device_get(leaf))
     for name, leaf in trees.flatten(state).items()
   }
+
+
+def _shapes(state: TrainState) -> dict[str, str]:
+  """Returns dtype and shape of each array, as in 'float32(8, 2)'."""
+  leaves = trees.flatten(state).items()
+  return {name: f'{leaf.dtype}{tuple(leaf.shape)}' for name, leaf in leaves}
 
 
 def _json_digest(tree: Any) -> str:

@@ -9,7 +9,7 @@ import functools
 import json
 import pathlib
 
-from calm_jax import api, sharding
+from calm_jax import api, run_files, sharding
 from calm_jax.models.pretrained import ModelSpec
 
 
@@ -38,13 +38,15 @@ def load_systems(
   unknown = [name for name in systems if name not in allowed]
   if unknown:
     raise ValueError(f'Unknown systems {unknown}; choose from {allowed}.')
+  directory = pathlib.Path(model_dir).expanduser()
+  run_files.check_models(directory, {'anchor': anchor, **augmenting})
   mesh = sharding.make_mesh()
   models = {'anchor': api.from_spec(anchor, mesh=mesh, seed=random_seed)}
   for i, (name, spec) in enumerate(sorted(augmenting.items())):
     models[name] = api.from_spec(spec, mesh=mesh, seed=random_seed + 1 + i)
   if {'composed', 'disconnected'} & set(systems):
     models['composed'] = api.load_composition(
-      model_dir,
+      directory,
       anchor=models['anchor'],
       augmenting={name: models[name] for name in augmenting},
     )

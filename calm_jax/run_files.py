@@ -81,6 +81,31 @@ def check_fingerprints(
       )
 
 
+def check_models(
+  directory: pathlib.Path, specs: Mapping[str, pretrained.ModelSpec]
+) -> None:
+  """Raises ValueError unless these are the models of the run there, if any.
+
+  Reads weights on the host alone, so that wrong ones are refused before
+  anything is allocated. Models with random weights are not checked here: what
+  they hold is known only once they are drawn.
+
+  Args:
+    directory: MODEL_DIR; it may be new.
+    specs: of the frozen models by name, 'anchor' among them.
+  """
+  if not (directory / CONFIG_FILE).exists():
+    return
+  expected = read_config(directory)[1]
+  actual = {
+    name: pretrained.read_weights(spec.path)[1]
+    if spec.weights == 'pretrained'
+    else expected.get(name, 'random')
+    for name, spec in specs.items()
+  }
+  check_fingerprints(expected, actual, where=directory)
+
+
 def write_composition(directory: pathlib.Path, composition: Params) -> None:
   """Writes Theta_C, and nothing else, as safetensors."""
   tensors = {

@@ -96,9 +96,8 @@ def train(
   model = assembly.build_model(
     anchor, augmenting=augmenting, composition=composition, stack=stack
   )
-  _check(model, trainable, train_steps, batch_size, microbatches)
   mesh = make_mesh()
-  sharding.check_batch_size(batch_size // microbatches, mesh)
+  _check(model, trainable, train_steps, batch_size, microbatches, mesh)
   boxed = jax.eval_shape(model.init_params, jax.random.key(random_seed))
   places = sharding.param_shardings(boxed, mesh)
   limit = {'targets_per_row': targets_per_row} if targets_per_row else {}
@@ -112,6 +111,7 @@ def train(
   frozen = {}
   if trainable == 'composition':
     specs = {'anchor': anchor, **augmenting}
+    run_files.check_models(directory, specs)
     loaded = assembly.load_all(model, specs, mesh=mesh, seed=random_seed)
     frozen = assembly.frozen_tree(loaded)
     _claim_directory(directory, model, loaded)
@@ -197,6 +197,7 @@ def _check(
   train_steps: int,
   batch_size: int,
   microbatches: int,
+  mesh: Mesh,
 ) -> None:
   """Raises ValueError for settings that cannot work together."""
   allowed = ['composition'] if model.connections else ['anchor']
@@ -212,6 +213,7 @@ def _check(
       f'BATCH_SIZE = {batch_size} cannot be split into {microbatches}'
       ' microbatches. Choose a multiple.'
     )
+  sharding.check_batch_size(batch_size // microbatches, mesh)
 
 
 def _claim_directory(

@@ -26,6 +26,7 @@ from calm_jax import (
   train_step,
   trees,
 )
+from calm_jax.models import layers
 from tests import tiny, toys
 
 VOCAB = 40  # two devices can split it
@@ -105,6 +106,40 @@ def random_batch(seed, shape=(8, 8), vocab=VOCAB, segments=True):
   ends_B = rng.integers(2, shape[1] + 1, shape[0])
   real_BT = np.arange(shape[1]) < ends_B[:, None]
   return tiny.batch_of(tokens_BT, segment_ids_BT * real_BT)
+
+
+# --- Embedding noise ----------------------------------------------------------
+
+
+def test_embedding_noise_is_in_units_of_each_embedding():
+  noise_BTD = np.asarray(
+    train_step._noise(jax.random.key(0), (64, 32, 128), 0.5)
+  )
+  sizes_BT = noise_BTD.std(axis=-1)
+  assert 0.45 < sizes_BT.max() < 0.65  # uniform in [0, 0.5]
+  assert sizes_BT.min() < 0.02
+  assert abs(sizes_BT.mean() - 0.25) < 0.01
+  x_TD = np.random.default_rng(0).normal(size=(3, 128)).astype(np.float32)
+  x_TD *= np.array([[0.1], [1.0], [10.0]], np.float32)
+  ones_TD = np.ones_like(x_TD)
+  added_T = np.asarray(layers.disturb(x_TD, ones_TD) - x_TD)[:, 0]
+  rms_T = np.sqrt(np.mean(x_TD**2, axis=-1))
+  np.testing.assert_allclose(added_T, rms_T, rtol=1e-3)
+
+
+def test_embedding_noise_differs_by_step_and_seed_only():
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  batch = random_batch(0)
+  plain = Run(SMALL, mesh).step(batch)['loss']
+  noisy = Run(SMALL, mesh, embedding_noise=0.5)
+  first, second = noisy.step(batch)['loss'], noisy.step(batch)['loss']
+  again = Run(SMALL, mesh, embedding_noise=0.5)
+  assert again.step(batch)['loss'] == first != plain
+  # The same parameters and batch at another step: other noise.
+  other = Run(SMALL, mesh, embedding_noise=0.5)
+  other.state = other.state.replace(step=other.state.step + 1)
+  assert other.step(batch)['loss'] != first
+  assert again.step(batch)['loss'] == second
 
 
 # --- 5, 8. What a step leaves alone ------------------------------------------
