@@ -132,13 +132,10 @@ class Checkpoints:
     manifest = manifest['manifest']
     saved, wanted = manifest['shapes'], _shapes(shapes)
     if saved != wanted:
-      names = saved.keys() | wanted.keys()
-      differ = sorted(n for n in names if saved.get(n) != wanted.get(n))
       raise _OtherModelError(
-        f'{self._directory / str(step)} is of another model or optimizer:'
-        f' {differ[0]} is {saved.get(differ[0], "missing")} there, and'
-        f' {wanted.get(differ[0], "missing")} in this run ({len(differ)} arrays'
-        ' differ). Choose another MODEL_DIR, or the settings it was begun with.'
+        f'{self._directory / str(step)} is of another model or optimizer: it'
+        f' has {_first_of(saved, wanted)}, this run {_first_of(wanted, saved)}.'
+        ' Choose another MODEL_DIR, or the settings it was begun with.'
       )
     wanted = trees.flatten(shapes)
     restored = self._manager.restore(
@@ -176,6 +173,13 @@ def _shapes(state: TrainState) -> dict[str, str]:
   """Returns dtype and shape of each array, as in 'float32(8, 2)'."""
   leaves = trees.flatten(state).items()
   return {name: f'{leaf.dtype}{tuple(leaf.shape)}' for name, leaf in leaves}
+
+
+def _first_of(some: dict[str, str], others: dict[str, str]) -> str:
+  """Names the first parameters of `some` that `others` has not so."""
+  differ = [f'{k} {v}' for k, v in some.items() if others.get(k) != v]
+  differ.sort(key=lambda text: not text.startswith('params/'))
+  return f'{", ".join(differ[:2])} ({len(differ)} such)' if differ else 'less'
 
 
 def _json_digest(tree: Any) -> str:

@@ -219,7 +219,6 @@ _TABLES = {
   'keys': tables.table,
   'held_in': tables.table,
   'integers': tables.integer_table,
-  'held_in and integers': tables.joint_table,
 }
 
 
@@ -232,13 +231,6 @@ def _training_expressions(
   """Draws expressions whose operands are those of `_TABLES[operands]`."""
   held_in = np.flatnonzero(tables.table(config).held_in)
   integers = np.arange(1, config.max_value + 1)
-  if operands == 'held_in and integers':
-    pool = [held_in, config.num_keys + np.resize(integers, held_in.size)]
-
-    def accept(e):  # at least one of each: never an evaluated expression
-      return min(e.operands) < config.num_keys <= max(e.operands)
-
-    return _expressions(config, rng, np.concatenate(pool), count, accept)
   pool = {
     'keys': np.arange(config.num_keys),
     'held_in': held_in,
@@ -363,7 +355,6 @@ TASKS = {
   'kv_dc_subs': _expression_task(_substitution, 'held_in', 'train'),
   'kv_dc_math': _expression_task(_direct, 'held_in', 'train'),
   'kv_dc_scratchpad': _expression_task(_scratchpad, 'held_in', 'train'),
-  'kv_dc_partly': _expression_task(_direct, 'held_in and integers', 'train'),
   'kv_dc_numeric': _expression_task(_direct, 'integers', 'train'),
 }
 

@@ -190,17 +190,6 @@ def integer_table(config: KeyValueConfig) -> Table:
 
 
 @functools.cache
-def joint_table(config: KeyValueConfig) -> Table:
-  """Returns the table of all keys, followed by all integers from 0."""
-  keys, integers = table(config), integer_table(config)
-  return Table(
-    keys=[*keys.keys, *integers.keys],
-    values=[*keys.values, *integers.values],
-    held_in=np.concatenate([keys.held_in, integers.held_in]),
-  )
-
-
-@functools.cache
 def vocabulary(
   config: KeyValueConfig,
 ) -> vocabularies.TokenizersVocabulary:

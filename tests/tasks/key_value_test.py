@@ -186,20 +186,20 @@ def test_donors_see_what_they_should():
   assert re.search(r'\b(\d+ [+-] \d+) -> \1\b', text)
   calculations = re.findall(r'((?:\d+ [+-] )+\d+) = ((?:- )?\d+)', text)
   assert len(calculations) > 1000
+  assert re.search(r'[a-z]+ [+-] [a-z]+ = \d+ [+-] \d+ = ', text)
   assert all(_result(left) == right for left, right in calculations)
 
 
-def test_partly_numeric_rows_mix_held_in_keys_and_integers():
+def test_m_a_writes_values_out_and_says_nothing_about_integers():
   table = key_value_tables.table(_QUICK)
-  number = dict(zip(table.keys, map(str, table.values), strict=True))
-  held_in = {k for k, h in zip(table.keys, table.held_in, strict=True) if h}
-  for example in _examples('kv_dc_partly', count=500):
-    words = example['inputs'].removesuffix(' =').split()
-    keys = _keys(example['inputs'], table)
-    assert keys and set(keys) <= held_in
-    assert any(word.isdigit() for word in words)
-    numeric = ' '.join(number.get(word, word) for word in words)
-    assert _result(numeric) == example['targets']
+  value = dict(zip(table.keys, map(str, table.values), strict=True))
+  for example in _examples('kv_written_out', count=500):
+    words = example['inputs'].split()
+    assert words[-1] == '=' and _keys(example['inputs'], table)
+    assert example['targets'] == ' '.join(value.get(w, w) for w in words)
+  for example in _examples('numeric_silence', count=500):
+    assert re.fullmatch(r'\d+( [+-] \d+)+ =', example['inputs'])
+    assert example['targets'] == ''
 
 
 def test_mixture_without_seqio_draws_by_rate_and_starts_anywhere():
