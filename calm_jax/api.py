@@ -5,7 +5,6 @@ import functools
 import pathlib
 from typing import Any
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -210,17 +209,14 @@ def compose(
     augmenting={name: model.spec for name, model in augmenting.items()},
     composition=config,
   )
-  boxed = jax.eval_shape(composed.init_composition, jax.random.key(seed))
-  init = jax.jit(
-    lambda key: nn.unbox(composed.init_composition(key)),
-    out_shardings=sharding.param_shardings(boxed, anchor.mesh),
-  )
   return Model(
     composed,
     {
       'anchor': anchor.params['anchor'],
       'augmenting': {k: m.params['anchor'] for k, m in augmenting.items()},
-      'composition': init(jax.random.key(seed)),
+      'composition': assembly.init_composition(
+        composed, mesh=anchor.mesh, seed=seed
+      ),
     },
     spec=anchor.spec,
     fingerprints={

@@ -138,3 +138,14 @@ def load_all(
   for i, (name, tower) in enumerate(sorted(model.augmenting.items())):
     loaded[name] = load(specs[name], tower, mesh=mesh, seed=seed + 1 + i)
   return loaded
+
+
+def init_composition(model: ComposedLM, *, mesh: Mesh, seed: int) -> Params:
+  """Initialises Theta_C on the mesh."""
+  key = jax.random.key(seed)
+  boxed = jax.eval_shape(model.init_composition, key)
+  init = jax.jit(
+    lambda key: nn.unbox(model.init_composition(key)),
+    out_shardings=sharding.param_shardings(boxed, mesh),
+  )
+  return init(key)

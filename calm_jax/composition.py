@@ -60,11 +60,13 @@ class View:
   Attributes:
     tokens: int32 ids.
     where: their positions and masks.
-    noise: added to their embeddings, in units of each one's root mean square.
+    mixed: ids of other tokens and the weights their embeddings are added with.
+    noise: added to the embeddings, in units of each one's root mean square.
   """
 
   tokens: Array
   where: attention.Positions
+  mixed: tuple[Array, Array] | None = None
   noise: Array | None = None
 
 
@@ -166,8 +168,8 @@ class ComposedLM:
         `decoder_segment_ids`, all int32 [B, T]; and, where the augmenting
         models have tokens of their own, `augmenting_input_tokens`,
         `augmenting_positions`, `augmenting_segment_ids` and
-        `augmenting_visible_from`, all int32 [B, S]. While training,
-        `decoder_embedding_noise` [B, T, D] disturbs the anchor's embeddings.
+        `augmenting_visible_from`, all int32 [B, S]. `EmbeddingNoise`
+        adds what disturbs the anchor's embeddings.
       logits_at_BM: int32 indices into T; if given, only the logits of these
         positions are computed, [B, M, V].
     """
@@ -298,9 +300,7 @@ class ComposedLM:
         method='attend',
       )
 
-    x_BTD, done = self._apply_anchor(params, 'embed', anchor.tokens), 0
-    if anchor.noise is not None:
-      x_BTD = layers.disturb(x_BTD, anchor.noise)
+    x_BTD, done = self._embed(params, anchor), 0
     for layer in self.composed_layers:
       x_BTD, done = run(x_BTD, done, layer + 1), layer + 1
       ending_here = [c for c in self.connections if c.anchor_layer == layer]
@@ -308,6 +308,16 @@ class ComposedLM:
       x_BTD = layers.round_to(x_BTD + update_BTD, x_BTD.dtype)
     x_BTD = run(x_BTD, done, self.anchor.depth)
     return x_BTD, None if cache is None else written
+
+  def _embed(self, params: Params, view: View) -> Array:
+    x_BTD = self._apply_anchor(params, 'embed', view.tokens)
+    if view.mixed is not None:
+      tokens_BT, weights_BT = view.mixed
+      others_BTD = self._apply_anchor(params, 'embed', tokens_BT)
+      x_BTD += weights_BT[..., None].astype(x_BTD.dtype) * others_BTD
+    if view.noise is not None:
+      x_BTD = layers.disturb(x_BTD, view.noise)
+    return x_BTD
 
   def _logits(
     self, params: Params, x_BTD: Array, logits_at_BM: Array | None
@@ -331,5 +341,8 @@ def _view(batch: Batch, side: str) -> View:
   where = attention.Positions.full(
     batch[f'{side}_positions'], batch[f'{side}_segment_ids']
   )
+  mixed = None
+  if f'{side}_mixed_tokens' in batch:
+    mixed = batch[f'{side}_mixed_tokens'], batch[f'{side}_mixed_weights']
   noise = batch.get(f'{side}_embedding_noise')
-  return View(batch[f'{side}_input_tokens'], where, noise)
+  return View(batch[f'{side}_input_tokens'], where, mixed, noise)

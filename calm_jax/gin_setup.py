@@ -20,7 +20,7 @@ from absl import app, flags, logging
 import gin
 from gin import config as gin_config
 
-from calm_jax import connections, optimizers, sharding
+from calm_jax import connections, embedding_noise, optimizers, sharding
 from calm_jax.models import config as model_config
 from calm_jax.models import layers, pretrained
 
@@ -81,6 +81,7 @@ def register() -> None:
     'LayerMapping.evenly_spaced': connections.LayerMapping.evenly_spaced,
     'LayerMapping.middle': connections.LayerMapping.middle,
     'LayerMapping.explicit': connections.LayerMapping.explicit,
+    'EmbeddingNoise': embedding_noise.EmbeddingNoise,
     'OptimizerConfig': optimizers.OptimizerConfig,
     'make_mesh': sharding.make_mesh,
   }

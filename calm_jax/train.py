@@ -6,6 +6,7 @@ Read `train` from top to bottom: its stages are in the order of execution.
 """
 
 from collections.abc import Callable, Mapping
+import functools
 import pathlib
 from typing import Literal
 
@@ -28,6 +29,7 @@ from calm_jax.array_types import Params
 from calm_jax.batches import BatchIterator
 from calm_jax.composition import ComposedLM
 from calm_jax.connections import CompositionConfig
+from calm_jax.embedding_noise import EmbeddingNoise
 from calm_jax.models import pretrained, transformer
 from calm_jax.models.pretrained import ModelSpec
 from calm_jax.prefetch import Prefetcher
@@ -47,7 +49,7 @@ def train(
   random_seed: int = 0,
   microbatches: int = 1,
   z_loss: float = 0.0,
-  embedding_noise: float = 0.0,
+  embedding_noise: EmbeddingNoise | None = None,
   targets_per_row: int | None = None,
   stack: Literal['loop', 'scan'] = 'loop',
   make_mesh: Callable[[], Mesh] = sharding.make_mesh,
@@ -72,7 +74,7 @@ def train(
     random_seed: of initialisation and data.
     microbatches: slices of a batch whose gradients are added.
     z_loss: weight of (log Z)^2.
-    embedding_noise: most noise on the anchor's embeddings, as in `train_step`.
+    embedding_noise: disturbs the anchor's embeddings.
     targets_per_row: if set, only so many positions of a row get logits.
     stack: whether blocks are a loop or scanned segments.
     make_mesh: arranges the devices.
@@ -120,19 +122,19 @@ def train(
 
   # --- Trained state: newest good checkpoint, or fresh -----------------------
   update = optimizer.make(train_steps)
-
-  def create_state():
-    params = nn.unbox(model.init_params(jax.random.key(random_seed)))
-    return train_state.create(
-      {trainable: params[trainable]}, update, seed=random_seed
-    )
-
+  create = functools.partial(
+    train_state.create, optimizer=update, seed=random_seed
+  )
+  state_shapes = jax.eval_shape(create, {trainable: shapes[trainable]})
   state_places = train_state.shardings(
-    jax.eval_shape(create_state), {trainable: places[trainable]}, mesh
+    state_shapes, {trainable: places[trainable]}, mesh
   )
   kept = directory / 'checkpoints'
   saved = checkpoints.Checkpoints(kept, keep=keep_checkpoints)
-  state = _restore_or_create(saved, create_state, state_places, batches)
+  state = _restore(saved, state_shapes, state_places, batches)
+  if state is None:
+    fresh = _start(model, anchor, trainable, mesh=mesh, seed=random_seed)
+    state = jax.jit(create, out_shardings=state_places)({trainable: fresh})
   first_step = int(state.step)
   say(f'{trainable}: trained from step {first_step}, seed {random_seed}')
   say(metrics.memory_report(frozen=frozen, trained=state))
@@ -238,24 +240,35 @@ def _claim_directory(
     run_files.write_config(directory, model, fingerprints)
 
 
-def _restore_or_create(
+def _restore(
   saved: checkpoints.Checkpoints,
-  create_state: Callable[[], train_state.TrainState],
+  shapes: train_state.TrainState,
   places: train_state.TrainState,
   batches: BatchIterator,
-) -> train_state.TrainState:
-  """Returns the newest good checkpoint, its data position set, or step 0."""
+) -> train_state.TrainState | None:
+  """Returns the newest good checkpoint, its data position set; or None."""
   wanted = jax.tree.map(
     lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-    jax.eval_shape(create_state),
+    shapes,
     places,
   )
   restored = saved.restore(wanted, warn=say)
   if restored is None:
-    return jax.jit(create_state, out_shardings=places)()
+    return None
   state, data_state = restored
   batches.restore(data_state)
   return state
+
+
+def _start(
+  model: ComposedLM, anchor: ModelSpec, trainable: str, *, mesh: Mesh, seed: int
+) -> Params:
+  """Returns what training begins with: fresh, or the anchor's own weights."""
+  if trainable == 'composition':
+    return assembly.init_composition(model, mesh=mesh, seed=seed)
+  loaded = assembly.load(anchor, model.anchor, mesh=mesh, seed=seed)
+  say(f'anchor: {loaded.origin}, to be trained')
+  return loaded.params
 
 
 def _export(

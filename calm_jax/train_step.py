@@ -11,6 +11,7 @@ import optax
 from calm_jax import losses
 from calm_jax.array_types import Array, Batch, Params
 from calm_jax.composition import ComposedLM
+from calm_jax.embedding_noise import EmbeddingNoise
 from calm_jax.train_state import TrainState
 
 Step = Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, Any]]]
@@ -61,7 +62,7 @@ def make_train_step(
   optimizer: optax.GradientTransformation,
   *,
   microbatches: int = 1,
-  embedding_noise: float = 0.0,
+  embedding_noise: EmbeddingNoise | None = None,
   **loss_settings: Any,
 ) -> Step:
   """Returns the function (state, frozen, batch) -> (state, metrics).
@@ -71,10 +72,7 @@ def make_train_step(
     optimizer: for the trained subtree.
     microbatches: how many slices of the batch are run one after the other,
       their gradients added; must divide the batch.
-    embedding_noise: the anchor's embeddings get normal noise, at each token of
-      a size drawn from [0, this] times their own root mean square. It makes an
-      anchor read vectors that are only near its embeddings, as those of a
-      composition are (after NEFTune, arXiv 2310.05914).
+    embedding_noise: disturbs the anchor's embeddings, anew at each step.
     **loss_settings: further arguments of `loss_fn`.
   """
   differentiate = jax.grad(
@@ -82,16 +80,9 @@ def make_train_step(
   )
 
   def step(state, frozen, batch):
-    if embedding_noise:
-      rng = jax.random.wrap_key_data(state.rng)
-      batch = {
-        **batch,
-        'decoder_embedding_noise': _noise(
-          jax.random.fold_in(rng, state.step),
-          (*batch['decoder_input_tokens'].shape, model.anchor.width),
-          embedding_noise,
-        ),
-      }
+    if embedding_noise is not None:
+      rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+      batch = embedding_noise.disturb(rng, batch, width=model.anchor.width)
     gradients, sums = _accumulate(
       functools.partial(differentiate, state.params, frozen),
       batch,
@@ -116,13 +107,6 @@ def make_train_step(
     return state, metrics
 
   return step
-
-
-def _noise(rng: Array, shape: tuple[int, ...], most: float) -> Array:
-  """Returns normal noise [B, T, D], of a size in [0, most] at each token."""
-  size_rng, noise_rng = jax.random.split(rng)
-  sizes_BT1 = jax.random.uniform(size_rng, (*shape[:-1], 1), maxval=most)
-  return sizes_BT1 * jax.random.normal(noise_rng, shape)
 
 
 def _accumulate(

@@ -25,8 +25,8 @@ FLOORS = (
   'models.layers models.config models.attention models.transformer'
   ' models.pretrained',
   'connections cross_attention composition',
-  'optimizers train_state batches prefetch data checkpoints metrics flops'
-  ' assembly run_files',
+  'optimizers embedding_noise train_state batches prefetch data checkpoints'
+  ' metrics flops assembly run_files',
   'train_step decoding evaluation',
   'api evaluate infer train gin_setup',
 )
