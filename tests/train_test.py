@@ -20,6 +20,7 @@ from calm_jax import (
   optimizers,
   sharding,
   train,
+  trees,
 )
 from calm_jax.models import pretrained
 from tests import tiny, toys
@@ -160,6 +161,30 @@ def test_a_decoder_is_trained_and_exported(decoder_run):
   leaves = jax.tree.leaves(params)
   assert all(leaf.dtype == jnp.bfloat16 for leaf in leaves)
   assert not (directory / 'composition.safetensors').exists()
+
+
+def test_a_pretrained_decoder_is_trained_on_from_its_weights(
+  decoder_run, tmp_path
+):
+  path = decoder_run[0] / 'model'
+  train.train(
+    model_dir=str(tmp_path),
+    anchor=pretrained.pretrained_model(path, param_dtype='float32'),
+    trainable='anchor',
+    make_batches=toy_batches,
+    make_mesh=first_device,
+    train_steps=1,
+    batch_size=8,
+    optimizer=optimizers.OptimizerConfig(learning_rate=1e-3, warmup_steps=0),
+  )
+  before = trees.flatten(pretrained.read_weights(path)[0])
+  after = trees.flatten(pretrained.read_weights(tmp_path / 'model')[0])
+  assert before.keys() == after.keys()
+  moved = [
+    np.abs(after[name] - before[name].astype(np.float32)).max()
+    for name in before
+  ]
+  assert 1e-5 < max(moved) < 2e-3  # AdamW's first step is the learning rate
 
 
 def test_a_run_writes_what_was_trained_and_nothing_frozen(finished, donors):
