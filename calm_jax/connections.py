@@ -169,6 +169,8 @@ class CompositionConfig:
     output_init: initialiser of W_O.
     gate: 'sigmoid' multiplies each head's result by a number in (0, 1) that the
       query decides, so that a connection can be silent at some tokens.
+    gate_bias: what the gates' bias starts at; at -3 they are nearly shut, and
+      open only where the gradient asks for it.
     position_encoding: 'rotary' turns cross queries and keys by their text
       positions; 'none' leaves them.
     param_dtype: dtype of storage; the computation has the anchor's dtype.
@@ -179,6 +181,7 @@ class CompositionConfig:
   norm: Literal['rms', 'none'] = 'rms'
   output_init: Literal['zeros', 'fan_in'] = 'zeros'
   gate: Literal['none', 'sigmoid'] = 'none'
+  gate_bias: float = 0.0
   position_encoding: Literal['rotary', 'none'] = 'rotary'
   param_dtype: str = 'float32'
 
@@ -193,6 +196,11 @@ class CompositionConfig:
         raise ValueError(
           f'{field} = {getattr(self, field)!r} is not one of {allowed}.'
         )
+    if self.gate == 'none' and self.gate_bias:
+      raise ValueError(
+        f"gate_bias = {self.gate_bias} has no effect with gate = 'none'; set"
+        " gate = 'sigmoid'."
+      )
 
   def split_heads(self, anchor: TransformerConfig) -> int:
     """Returns the number of heads; raises ValueError if they do not divide."""

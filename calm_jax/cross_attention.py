@@ -42,7 +42,11 @@ class CrossAttention(nn.Module):
     )
     if self.config.gate == 'sigmoid':
       self.gate = layers.Dense(
-        self.num_heads, axes=('embed', 'heads'), bias=True, **dtypes
+        self.num_heads,
+        axes=('embed', 'heads'),
+        bias=True,
+        bias_init=nn.initializers.constant(self.config.gate_bias),
+        **dtypes,
       )
     if self.config.norm == 'rms':
       self.query_norm = layers.RMSNorm(**dtypes)

@@ -3,6 +3,7 @@
 Numbers are those of docs/design.md, "Invariants".
 """
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -310,6 +311,15 @@ def test_augmenting_models_run_to_their_last_tap_only():
     tower[name] = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), tower[name])
   broken = {**params, 'augmenting': {'code': tower}}
   np.testing.assert_array_equal(tiny.logits(model, broken, batch), expected)
+
+
+def test_gates_start_at_their_bias():
+  model = tiny.composed(gate='sigmoid', gate_bias=-3.0)
+  theta = nn.unbox(model.init_composition(jax.random.key(0)))
+  for one in theta.values():
+    np.testing.assert_array_equal(one['gate']['bias'], -3.0)
+  with pytest.raises(ValueError, match="no effect with gate = 'none'"):
+    tiny.composed(gate='none', gate_bias=-3.0)
 
 
 def test_a_closed_gate_leaves_the_anchor_alone():

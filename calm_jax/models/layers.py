@@ -42,6 +42,7 @@ class Dense(nn.Module):
     axes: logical names of the two axes of the kernel.
     bias: whether there is one; it takes the kernel's second logical name.
     kernel_init: initialiser of the kernel.
+    bias_init: initialiser of the bias.
     dtype: dtype of the computation.
     param_dtype: dtype of storage.
   """
@@ -50,6 +51,7 @@ class Dense(nn.Module):
   axes: tuple[str | None, str | None]
   bias: bool = False
   kernel_init: nn.initializers.Initializer = fan_in_init()
+  bias_init: nn.initializers.Initializer = nn.initializers.zeros
   dtype: DType = jnp.float32
   param_dtype: DType = jnp.float32
 
@@ -68,7 +70,7 @@ class Dense(nn.Module):
     if self.bias:
       bias = self.param(
         'bias',
-        nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:]),
+        nn.with_logical_partitioning(self.bias_init, self.axes[1:]),
         (self.features,),
         self.param_dtype,
       )
