@@ -6,6 +6,7 @@ whose product exists is not run again; training resumes at its last checkpoint.
 
 import argparse
 from collections.abc import Sequence
+import itertools
 import json
 import os
 import pathlib
@@ -21,7 +22,7 @@ EVALUATION = {
   'direct': 'kv_quick_evaluate.gin',
   'scratchpad': 'kv_quick_evaluate_scratchpad.gin',
 }
-DONORS = ('augmenting', 'anchor')
+ANCHOR_PARTS = ('anchor', 'anchor_mixed', 'anchor_final')
 
 
 class Stage:
@@ -100,16 +101,24 @@ def gin(name: str, **macros: object) -> list[str]:
   return [f'--gin_file=experiments/{name}', *bindings]
 
 
-def donor_stages(out: pathlib.Path) -> list[Stage]:
-  """Returns the trainings of the two donors from scratch."""
-  return [
-    Stage(
-      out / 'donors' / name / 'model' / 'model.safetensors',
-      'train',
-      *gin(f'kv_quick_donor_{name}.gin', MODEL_DIR=str(out / 'donors' / name)),
-    )
-    for name in DONORS
-  ]
+def train_donors(out: pathlib.Path) -> dict[str, str]:
+  """Trains both donors from scratch; returns the macros that choose them.
+
+  The anchor has three parts, each of which begins with the weights of the last.
+  """
+
+  def stage(name, **macros):
+    run_dir = out / 'donors' / name
+    flags = gin(f'kv_quick_donor_{name}.gin', MODEL_DIR=str(run_dir), **macros)
+    return Stage(run_dir / 'model' / 'model.safetensors', 'train', *flags)
+
+  run([stage('augmenting'), stage('anchor')])
+  for before, name in itertools.pairwise(ANCHOR_PARTS):
+    run([stage(name, ANCHOR_PATH=str(out / 'donors' / before / 'model'))])
+  return {
+    'AUGMENTING_PATH': str(out / 'donors' / 'augmenting' / 'model'),
+    'ANCHOR_PATH': str(out / 'donors' / ANCHOR_PARTS[-1] / 'model'),
+  }
 
 
 def composition_stages(
@@ -162,11 +171,7 @@ def main() -> None:
   donors = {}
   if flags.from_scratch:
     out = out / 'from_scratch'
-    donors = {
-      f'{name.upper()}_PATH': str(out / 'donors' / name / 'model')
-      for name in DONORS
-    }
-    run(donor_stages(out))
+    donors = train_donors(out)
   started = time.time()
   for seed in seeds:
     train, evaluate = composition_stages(out, seed, donors)

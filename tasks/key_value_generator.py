@@ -269,16 +269,18 @@ def _neutral_text(
   """Writes words, repeated spans and calculations, to be continued.
 
   A row is parts in any order, and its last part is left for the targets: the
-  result of a calculation, also of one that continues an equation of words, or
-  what repeats. No key occurs: to the anchor that learns from these, keys are
-  new words.
+  result of a calculation, or what repeats. A calculation may stand in an
+  equation with keys, drawn apart: to the anchor that learns from these, keys
+  are words that say nothing about a number.
   """
   integers = tables.integer_table(config)
   shape = (count, config.parts_per_row)
   kinds = rng.choice(('repeat', 'copy', 'calculation', 'equation'), shape)
-  needed = 2 * np.count_nonzero(kinds != 'repeat')
+  needed = np.count_nonzero(kinds != 'repeat')
   expressions = iter(_training_expressions(config, rng, 'integers', needed))
-  unknown = np.resize(tables.NEUTRAL_WORDS, config.max_value + 1).tolist()
+  needed = np.count_nonzero(kinds == 'equation')
+  left_sides = iter(_training_expressions(config, rng, 'keys', needed))
+  keys = tables.table(config).keys
   sizes = rng.integers(1, 5, shape).tolist()
   joints = rng.choice(JOINTS, shape).tolist()
   words = rng.choice(tables.NEUTRAL_WORDS, (*shape, 4)).tolist()
@@ -290,7 +292,7 @@ def _neutral_text(
         inputs, targets = _direct(integers, next(expressions))
       elif kind == 'equation':
         inputs, targets = _direct(integers, next(expressions))
-        inputs = f'{next(expressions).text(unknown)} = {inputs}'
+        inputs = f'{next(left_sides).text(keys)} = {inputs}'
       elif kind == 'copy':
         targets = next(expressions).text(integers.keys)
         inputs = f'{targets} ->'
@@ -370,7 +372,7 @@ MIXTURES = {
   'kv_anchor_donor': {'numeric_arithmetic': 17.0, 'neutral_text': 3.0},
   'kv_dc_mix_direct': {
     'kv_dc_subs': 1.0,
-    'kv_dc_math': 2.0,
+    'kv_dc_math': 4.0,
     'kv_dc_numeric': 2.0,
   },
   'kv_dc_mix_scratchpad': {
