@@ -96,7 +96,7 @@ def make_train_step(
       'loss': sums.loss / sums.weight,
       'accuracy': sums.correct / sums.weight,
       'target_tokens': sums.weight,
-      'grad_norm': optax.global_norm(gradients),
+      'grad_norm': optax.tree.norm(gradients),
       'dropped_targets': jnp.sum(batch['decoder_loss_weights']) - sums.weight,
     }
     state = state.replace(
