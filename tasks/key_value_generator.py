@@ -275,7 +275,8 @@ def _neutral_text(
   """
   integers = tables.integer_table(config)
   shape = (count, config.parts_per_row)
-  kinds = rng.choice(('repeat', 'copy', 'calculation', 'equation'), shape)
+  kinds = ('repeat', 'copy', 'calculation', 'equation', 'equation', 'equation')
+  kinds = rng.choice(kinds, shape)
   needed = np.count_nonzero(kinds != 'repeat')
   expressions = iter(_training_expressions(config, rng, 'integers', needed))
   needed = np.count_nonzero(kinds == 'equation')
@@ -370,6 +371,7 @@ MIXTURES = {
     'numeric_silence': 2.0,
   },
   'kv_anchor_donor': {'numeric_arithmetic': 17.0, 'neutral_text': 3.0},
+  'kv_anchor_donor_late': {'numeric_arithmetic': 1.0, 'neutral_text': 1.0},
   'kv_dc_mix_direct': {
     'kv_dc_subs': 1.0,
     'kv_dc_math': 4.0,
