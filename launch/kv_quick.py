@@ -32,11 +32,16 @@ class Stage:
     self.product = product
     self.command = [sys.executable, '-m', f'calm_jax.{module}', *arguments]
     self.log = product.parent / f'{module}.log'
+    self._old_lines = 0
+    folder = product.parent
+    self.name = (folder.parent if folder.name == 'eval' else folder).name
 
   def start(self, threads: int) -> subprocess.Popen:
     shown = shlex.join(['python', *self.command[1:]])
     print(f'\n$ {shown}\n  (log: {self.log})', flush=True)
     self.log.parent.mkdir(parents=True, exist_ok=True)
+    self.log.touch()
+    self._old_lines = len(self.lines())  # of an earlier, interrupted start
     environment = dict(os.environ)
     if threads == 1:  # two small programs share two cores best one each
       flags = environment.get('XLA_FLAGS', '')
@@ -47,6 +52,11 @@ class Stage:
       return subprocess.Popen(
         self.command, stdout=log, stderr=subprocess.STDOUT, env=environment
       )
+
+  def lines(self) -> list[str]:
+    """Returns what this start has printed so far."""
+    lines = self.log.read_text(errors='replace').splitlines()
+    return lines[self._old_lines :]
 
 
 def run(stages: Sequence[Stage]) -> None:
@@ -76,15 +86,13 @@ def _watch(running: list[tuple[Stage, subprocess.Popen]]) -> None:
   while True:
     ended = [process.poll() is not None for _, process in running]
     for stage, process in running:
-      lines = stage.log.read_text(errors='replace').splitlines()
-      lines = [x for x in lines if x.startswith(('step ', 'Done', 'composed '))]
+      shows = ('step ', 'Done', 'composed ')
+      lines = [line for line in stage.lines() if line.startswith(shows)]
       if lines and shown.get(stage) != lines[-1]:
         shown[stage] = lines[-1]
-        print(f'[{stage.log.parent.name}] {lines[-1]}', flush=True)
+        print(f'[{stage.name}] {lines[-1]}', flush=True)
       if process.poll() not in (None, 0):
-        tail = '\n'.join(
-          stage.log.read_text(errors='replace').splitlines()[-15:]
-        )
+        tail = '\n'.join(stage.lines()[-15:])
         sys.exit(
           f'{tail}\nerror: the stage of {stage.product} ended with code'
           f' {process.returncode}; the lines above are the end of {stage.log}.'
@@ -199,6 +207,5 @@ if __name__ == '__main__':
   try:
     main()
   except KeyboardInterrupt:
-    sys.exit(
-      '\nInterrupted. The same command continues where this one stopped.'
-    )
+    print('\nInterrupted. The same command continues where this one stopped.')
+    sys.exit(130)
