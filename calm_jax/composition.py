@@ -168,8 +168,9 @@ class ComposedLM:
         `decoder_segment_ids`, all int32 [B, T]; and, where the augmenting
         models have tokens of their own, `augmenting_input_tokens`,
         `augmenting_positions`, `augmenting_segment_ids` and
-        `augmenting_visible_from`, all int32 [B, S]. `EmbeddingNoise`
-        adds what disturbs the anchor's embeddings.
+        `augmenting_visible_from`, all int32 [B, S]. Optional, from
+        `EmbeddingNoise`: `decoder_mixed_tokens` (int32) and
+        `decoder_mixed_weights` [B, T], `decoder_embedding_noise` [B, T, D].
       logits_at_BM: int32 indices into T; if given, only the logits of these
         positions are computed, [B, M, V].
     """

@@ -45,6 +45,11 @@ class EmbeddingNoise:
       rng: key of this step.
       batch: with `decoder_input_tokens` [B, T].
       width: D of the anchor.
+
+    Returns:
+      The batch; with `normal`, also `decoder_embedding_noise` [B, T, D] in
+      units of each embedding's root mean square; with `mix`, also
+      `decoder_mixed_tokens` (int32) and `decoder_mixed_weights`, both [B, T].
     """
     tokens_BT = batch['decoder_input_tokens']
     B, T = tokens_BT.shape

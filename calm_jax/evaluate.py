@@ -39,12 +39,14 @@ def load_systems(
   if unknown:
     raise ValueError(f'Unknown systems {unknown}; choose from {allowed}.')
   directory = pathlib.Path(model_dir).expanduser()
-  run_files.check_models(directory, {'anchor': anchor, **augmenting})
+  composed = {'composed', 'disconnected'} & set(systems)
+  if composed:
+    run_files.check_models(directory, {'anchor': anchor, **augmenting})
   mesh = sharding.make_mesh()
   models = {'anchor': api.from_spec(anchor, mesh=mesh, seed=random_seed)}
   for i, (name, spec) in enumerate(sorted(augmenting.items())):
     models[name] = api.from_spec(spec, mesh=mesh, seed=random_seed + 1 + i)
-  if {'composed', 'disconnected'} & set(systems):
+  if composed:
     models['composed'] = api.load_composition(
       directory,
       anchor=models['anchor'],

@@ -84,18 +84,16 @@ def check_fingerprints(
 def check_models(
   directory: pathlib.Path, specs: Mapping[str, pretrained.ModelSpec]
 ) -> None:
-  """Raises ValueError unless these are the models of the run there, if any.
+  """Raises ValueError unless these are the models of the run there.
 
   Reads weights on the host alone, so that wrong ones are refused before
   anything is allocated. Models with random weights are not checked here: what
   they hold is known only once they are drawn.
 
   Args:
-    directory: MODEL_DIR; it may be new.
+    directory: MODEL_DIR of a run that has begun.
     specs: of the frozen models by name, 'anchor' among them.
   """
-  if not (directory / CONFIG_FILE).exists():
-    return
   expected = read_config(directory)[1]
   actual = {
     name: pretrained.read_weights(spec.path)[1]

@@ -6,6 +6,7 @@ Read `train` from top to bottom: its stages are in the order of execution.
 """
 
 from collections.abc import Callable, Mapping
+import dataclasses
 import functools
 import pathlib
 from typing import Literal
@@ -113,7 +114,7 @@ def train(
   frozen = {}
   if trainable == 'composition':
     specs = {'anchor': anchor, **augmenting}
-    run_files.check_models(directory, specs)
+    _check_directory(directory, model, specs)
     loaded = assembly.load_all(model, specs, mesh=mesh, seed=random_seed)
     frozen = assembly.frozen_tree(loaded)
     _claim_directory(directory, model, loaded)
@@ -218,24 +219,41 @@ def _check(
   sharding.check_batch_size(batch_size // microbatches, mesh)
 
 
+def _check_directory(
+  directory: pathlib.Path, model: ComposedLM, specs: Mapping[str, ModelSpec]
+) -> None:
+  """Raises ValueError if the directory holds a run of something else."""
+  if not (directory / run_files.CONFIG_FILE).exists():
+    return
+  run_files.check_models(directory, specs)
+  begun, _ = run_files.read_config(directory)
+  if begun.mapping.connections != model.connections:
+    raise ValueError(
+      f'{directory} holds a run with the connections'
+      f' {[c.key for c in begun.mapping.connections]}; this one has'
+      f' {[c.key for c in model.connections]}. Choose another MODEL_DIR.'
+    )
+  wanted = dataclasses.replace(model.composition, mapping=begun.mapping)
+  for name, value in vars(begun).items():
+    if getattr(wanted, name) != value:
+      raise ValueError(
+        f'{directory} holds a run with CompositionConfig.{name} = {value!r};'
+        f' this one has {getattr(wanted, name)!r}. Choose another MODEL_DIR.'
+      )
+
+
 def _claim_directory(
   directory: pathlib.Path,
   model: ComposedLM,
   loaded: Mapping[str, assembly.Loaded],
 ) -> None:
-  """Writes calm_config.json, or checks that the one there is of this run."""
+  """Writes calm_config.json, or checks that random weights are as they were."""
   for name, one in loaded.items():
     say(f'{name}: {one.origin}, fingerprint {one.fingerprint[:16]}, frozen')
   fingerprints = {name: one.fingerprint for name, one in loaded.items()}
   if (directory / run_files.CONFIG_FILE).exists():
-    config, expected = run_files.read_config(directory)
+    _, expected = run_files.read_config(directory)
     run_files.check_fingerprints(expected, fingerprints, where=directory)
-    if config.mapping.connections != model.connections:
-      raise ValueError(
-        f'{directory} holds a run with the connections'
-        f' {[c.key for c in config.mapping.connections]}; this one has'
-        f' {[c.key for c in model.connections]}. Choose another MODEL_DIR.'
-      )
   elif jax.process_index() == 0:
     run_files.write_config(directory, model, fingerprints)
 

@@ -158,6 +158,36 @@ def test_a_saved_composition_is_the_same_model(
   )
 
 
+def test_evaluate_refuses_other_models_before_it_allocates(
+  trained, paths, tmp_path, monkeypatch
+):
+  def allocate(*args, **kwargs):
+    raise AssertionError('something was allocated')
+
+  monkeypatch.setattr(evaluate.api, 'from_spec', allocate)
+  anchor, code, other = (
+    pretrained.pretrained_model(paths / name)
+    for name in ('anchor', 'code', 'other')
+  )
+
+  def load(directory, augmenting, systems=('composed',)):
+    evaluate.load_systems(
+      model_dir=str(directory),
+      anchor=anchor,
+      augmenting={'code': augmenting},
+      systems=systems,
+    )
+
+  with pytest.raises(ValueError, match='holds no calm_config.json'):
+    load(tmp_path / 'nothing', code)
+  trained.save(tmp_path)
+  with pytest.raises(ValueError, match=r"vocabulary of 'code' are not those"):
+    load(tmp_path, other)
+  for directory, systems in ((tmp_path, ('composed',)), ('x', ('anchor',))):
+    with pytest.raises(AssertionError, match='allocated'):  # all is well
+      load(directory, code, systems)
+
+
 def test_what_does_not_belong_together_is_refused(trained, models, tmp_path):
   trained.save(tmp_path)
 

@@ -14,6 +14,7 @@ import pytest
 import safetensors.numpy
 
 from calm_jax import (
+  assembly,
   batches,
   checkpoints,
   connections,
@@ -269,8 +270,17 @@ def test_a_loss_that_is_no_number_is_not_saved(donors, tmp_path):
 # --- Refusals ----------------------------------------------------------------
 
 
-def test_a_directory_belongs_to_one_run(finished, donors, tmp_path):
+def test_a_directory_belongs_to_one_run(
+  finished, donors, tmp_path, monkeypatch
+):
+  def allocate(*args, **kwargs):
+    raise AssertionError('something was allocated')
+
+  monkeypatch.setattr(assembly, 'load_all', allocate)
   anchor, augmenting = donors
+  turned = dataclasses.replace(COMPOSITION, position_encoding='none')
+  with pytest.raises(ValueError, match=r"position_encoding = 'rotary'; this"):
+    run(finished, donors, composition=turned)
   toys.model_directory(tmp_path, AUGMENTING, seed=1)
   other = pretrained.pretrained_model(tmp_path)
   with pytest.raises(ValueError, match=r"weights or the vocabulary of 'code'"):
