@@ -370,7 +370,7 @@ MIXTURES = {
     'kv_written_out': 6.0,
     'numeric_silence': 2.0,
   },
-  'kv_anchor_donor': {'numeric_arithmetic': 17.0, 'neutral_text': 3.0},
+  'kv_anchor_donor': {'numeric_arithmetic': 3.0, 'neutral_text': 1.0},
   'kv_anchor_donor_late': {'numeric_arithmetic': 1.0, 'neutral_text': 1.0},
   'kv_dc_mix_direct': {
     'kv_dc_subs': 1.0,
