@@ -87,10 +87,7 @@ def load(
   boxed = jax.eval_shape(model.init_params, jax.random.key(0))
   places = sharding.param_shardings(boxed, mesh)
   if spec.weights == 'random':
-    init = jax.jit(
-      lambda key: nn.unbox(model.init_params(key)), out_shardings=places
-    )
-    params = init(jax.random.key(seed))
+    params = _random_params(spec, model, seed=seed, places=places)
     fingerprint = trees.fingerprint(
       trees.digests(jax.device_get(params)), spec.vocabulary.fingerprint()
     )
@@ -103,6 +100,24 @@ def load(
     tensors = transformer.restack(tensors, source=loop, target=model)
   params = place(tensors, places, dtype=spec.config.param_dtype)
   return Loaded(params, fingerprint, f'pretrained, {spec.path.name}')
+
+
+def _random_params(
+  spec: ModelSpec, model: transformer.DecoderLM, *, seed: int, places: Any
+) -> Params:
+  numbers = None
+  if spec.number_embeddings is not None:
+    numbers = spec.number_embeddings.rows(spec.vocabulary, width=model.width)
+
+  def init(key):
+    params = nn.unbox(model.init_params(key))
+    if numbers is not None:
+      table_VD = params['embedder']['table']
+      table_VD = table_VD.at[numbers[0]].add(numbers[1].astype(table_VD.dtype))
+      params['embedder']['table'] = table_VD
+    return params
+
+  return jax.jit(init, out_shardings=places)(jax.random.key(seed))
 
 
 def place(tensors: Any, places: Any, *, dtype: str | None = None) -> Any:

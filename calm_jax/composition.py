@@ -60,13 +60,11 @@ class View:
   Attributes:
     tokens: int32 ids.
     where: their positions and masks.
-    mixed: ids of other tokens and the weights their embeddings are added with.
     noise: added to the embeddings, in units of each one's root mean square.
   """
 
   tokens: Array
   where: attention.Positions
-  mixed: tuple[Array, Array] | None = None
   noise: Array | None = None
 
 
@@ -168,9 +166,9 @@ class ComposedLM:
         `decoder_segment_ids`, all int32 [B, T]; and, where the augmenting
         models have tokens of their own, `augmenting_input_tokens`,
         `augmenting_positions`, `augmenting_segment_ids` and
-        `augmenting_visible_from`, all int32 [B, S]. Optional, from
-        `EmbeddingNoise`: `decoder_mixed_tokens` (int32) and
-        `decoder_mixed_weights` [B, T], `decoder_embedding_noise` [B, T, D].
+        `augmenting_visible_from`, all int32 [B, S]. Optional:
+        `decoder_embedding_noise` [B, T, D], added to the anchor's embeddings
+        in units of each one's root mean square.
       logits_at_BM: int32 indices into T; if given, only the logits of these
         positions are computed, [B, M, V].
     """
@@ -312,10 +310,6 @@ class ComposedLM:
 
   def _embed(self, params: Params, view: View) -> Array:
     x_BTD = self._apply_anchor(params, 'embed', view.tokens)
-    if view.mixed is not None:
-      tokens_BT, weights_BT = view.mixed
-      others_BTD = self._apply_anchor(params, 'embed', tokens_BT)
-      x_BTD += weights_BT[..., None].astype(x_BTD.dtype) * others_BTD
     if view.noise is not None:
       x_BTD = layers.disturb(x_BTD, view.noise)
     return x_BTD
@@ -342,8 +336,5 @@ def _view(batch: Batch, side: str) -> View:
   where = attention.Positions.full(
     batch[f'{side}_positions'], batch[f'{side}_segment_ids']
   )
-  mixed = None
-  if f'{side}_mixed_tokens' in batch:
-    mixed = batch[f'{side}_mixed_tokens'], batch[f'{side}_mixed_weights']
   noise = batch.get(f'{side}_embedding_noise')
-  return View(batch[f'{side}_input_tokens'], where, mixed, noise)
+  return View(batch[f'{side}_input_tokens'], where, noise)

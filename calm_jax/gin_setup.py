@@ -20,9 +20,9 @@ from absl import app, flags, logging
 import gin
 from gin import config as gin_config
 
-from calm_jax import connections, embedding_noise, optimizers, sharding
+from calm_jax import connections, optimizers, sharding
 from calm_jax.models import config as model_config
-from calm_jax.models import layers, pretrained
+from calm_jax.models import layers, number_embeddings, pretrained
 
 _INCLUDE = re.compile(r"""^include\s+['"](?P<path>[^'"]+)['"]\s*(#.*)?$""")
 _REQUIRED = '%gin.REQUIRED'
@@ -73,6 +73,7 @@ def register() -> None:
     'task_vocabulary': task_vocabulary,
     'ModelSpec': pretrained.ModelSpec,
     'pretrained_model': pretrained.pretrained_model,
+    'NumberEmbeddings': number_embeddings.NumberEmbeddings,
     'TransformerConfig': model_config.TransformerConfig,
     'RopeScaling': layers.RopeScaling,
     'CompositionConfig': connections.CompositionConfig,
@@ -81,7 +82,6 @@ def register() -> None:
     'LayerMapping.evenly_spaced': connections.LayerMapping.evenly_spaced,
     'LayerMapping.middle': connections.LayerMapping.middle,
     'LayerMapping.explicit': connections.LayerMapping.explicit,
-    'EmbeddingNoise': embedding_noise.EmbeddingNoise,
     'OptimizerConfig': optimizers.OptimizerConfig,
     'make_mesh': sharding.make_mesh,
   }

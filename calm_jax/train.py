@@ -30,7 +30,6 @@ from calm_jax.array_types import Params
 from calm_jax.batches import BatchIterator
 from calm_jax.composition import ComposedLM
 from calm_jax.connections import CompositionConfig
-from calm_jax.embedding_noise import EmbeddingNoise
 from calm_jax.models import pretrained, transformer
 from calm_jax.models.pretrained import ModelSpec
 from calm_jax.prefetch import Prefetcher
@@ -46,11 +45,11 @@ def train(
   augmenting: Mapping[str, ModelSpec] | None = None,
   composition: CompositionConfig | None = None,
   trainable: Literal['composition', 'anchor'] = 'composition',
-  optimizer: optimizers.OptimizerConfig | None = None,
+  optimizer: optimizers.OptimizerConfig = optimizers.OptimizerConfig(),
   random_seed: int = 0,
   microbatches: int = 1,
   z_loss: float = 0.0,
-  embedding_noise: EmbeddingNoise | None = None,
+  embedding_noise: float = 0.0,
   targets_per_row: int | None = None,
   stack: Literal['loop', 'scan'] = 'loop',
   make_mesh: Callable[[], Mesh] = sharding.make_mesh,
@@ -75,7 +74,7 @@ def train(
     random_seed: of initialisation and data.
     microbatches: slices of a batch whose gradients are added.
     z_loss: weight of (log Z)^2.
-    embedding_noise: disturbs the anchor's embeddings.
+    embedding_noise: the most noise on embeddings; see `make_train_step`.
     targets_per_row: if set, only so many positions of a row get logits.
     stack: whether blocks are a loop or scanned segments.
     make_mesh: arranges the devices.
@@ -95,12 +94,12 @@ def train(
   # --- Check and describe, without allocating -------------------------------
   directory = pathlib.Path(model_dir).expanduser()
   augmenting = augmenting or {}
-  optimizer = optimizer or optimizers.OptimizerConfig()
   model = assembly.build_model(
     anchor, augmenting=augmenting, composition=composition, stack=stack
   )
   mesh = make_mesh()
-  _check(model, trainable, train_steps, batch_size, microbatches, mesh)
+  sizes = train_steps, batch_size, microbatches
+  _check(model, trainable, *sizes, embedding_noise, mesh)
   boxed = jax.eval_shape(model.init_params, jax.random.key(random_seed))
   places = sharding.param_shardings(boxed, mesh)
   limit = {'targets_per_row': targets_per_row} if targets_per_row else {}
@@ -200,6 +199,7 @@ def _check(
   train_steps: int,
   batch_size: int,
   microbatches: int,
+  embedding_noise: float,
   mesh: Mesh,
 ) -> None:
   """Raises ValueError for settings that cannot work together."""
@@ -211,6 +211,10 @@ def _check(
     )
   if train_steps < 1:
     raise ValueError(f'TRAIN_STEPS = {train_steps}: it must be at least 1.')
+  if embedding_noise < 0:
+    raise ValueError(
+      f'embedding_noise = {embedding_noise}: it must not be negative.'
+    )
   if batch_size % microbatches:
     raise ValueError(
       f'BATCH_SIZE = {batch_size} cannot be split into {microbatches}'

@@ -11,7 +11,6 @@ import optax
 from calm_jax import losses
 from calm_jax.array_types import Array, Batch, Params
 from calm_jax.composition import ComposedLM
-from calm_jax.embedding_noise import EmbeddingNoise
 from calm_jax.train_state import TrainState
 
 Step = Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, Any]]]
@@ -62,7 +61,7 @@ def make_train_step(
   optimizer: optax.GradientTransformation,
   *,
   microbatches: int = 1,
-  embedding_noise: EmbeddingNoise | None = None,
+  embedding_noise: float = 0.0,
   **loss_settings: Any,
 ) -> Step:
   """Returns the function (state, frozen, batch) -> (state, metrics).
@@ -72,7 +71,9 @@ def make_train_step(
     optimizer: for the trained subtree.
     microbatches: how many slices of the batch are run one after the other,
       their gradients added; must divide the batch.
-    embedding_noise: disturbs the anchor's embeddings, anew at each step.
+    embedding_noise: each embedding of the anchor gets normal noise, of a size
+      drawn from [0, embedding_noise] times its root mean square (after NEFTune,
+      arXiv 2310.05914).
     **loss_settings: further arguments of `loss_fn`.
   """
   differentiate = jax.grad(
@@ -80,9 +81,11 @@ def make_train_step(
   )
 
   def step(state, frozen, batch):
-    if embedding_noise is not None:
+    if embedding_noise:
       rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-      batch = embedding_noise.disturb(rng, batch, width=model.anchor.width)
+      shape_BTD = *batch['decoder_input_tokens'].shape, model.anchor.width
+      noise_BTD = draw_noise(rng, shape_BTD, most=embedding_noise)
+      batch = {**batch, 'decoder_embedding_noise': noise_BTD}
     gradients, sums = _accumulate(
       functools.partial(differentiate, state.params, frozen),
       batch,
@@ -107,6 +110,21 @@ def make_train_step(
     return state, metrics
 
   return step
+
+
+def draw_noise(
+  rng: Array, shape: tuple[int, int, int], *, most: float
+) -> Array:
+  """Draws normal noise [B, T, D], for each token of a size in [0, most].
+
+  A composition writes vectors into the anchor's stream that are no embedding of
+  any token. A small anchor that has only seen clean embeddings is sure of
+  itself, and wrong, everywhere between them; one that has seen noise is unsure
+  there, and its gradient says what the composition should write.
+  """
+  size_rng, noise_rng = jax.random.split(rng)
+  sizes_BT1 = jax.random.uniform(size_rng, (*shape[:2], 1), maxval=most)
+  return sizes_BT1 * jax.random.normal(noise_rng, shape)
 
 
 def _accumulate(

@@ -22,7 +22,7 @@ EVALUATION = {
   'direct': 'kv_quick_evaluate.gin',
   'scratchpad': 'kv_quick_evaluate_scratchpad.gin',
 }
-ANCHOR_PARTS = ('anchor', 'anchor_mixed', 'anchor_final')
+ANCHOR_PARTS = ('anchor', 'anchor_final')
 
 
 class Stage:
@@ -112,7 +112,7 @@ def gin(name: str, **macros: object) -> list[str]:
 def train_donors(out: pathlib.Path) -> dict[str, str]:
   """Trains both donors from scratch; returns the macros that choose them.
 
-  The anchor has three parts, each of which begins with the weights of the last.
+  The anchor has two parts; the second begins with the weights of the first.
   """
 
   def stage(name, **macros):

@@ -23,9 +23,9 @@ FLOORS = (
   'array_types trees',
   'masks losses sharding vocabularies',
   'models.layers models.config models.attention models.transformer'
-  ' models.pretrained',
+  ' models.number_embeddings models.pretrained',
   'connections cross_attention composition',
-  'optimizers embedding_noise train_state batches prefetch data checkpoints'
+  'optimizers train_state batches prefetch data checkpoints'
   ' metrics flops assembly run_files',
   'train_step decoding evaluation',
   'api evaluate infer train gin_setup',
@@ -36,7 +36,7 @@ WITHIN_A_FLOOR = {
   'models.config': 'models.layers',
   'models.attention': 'models.layers models.config',
   'models.transformer': 'models.layers models.config models.attention',
-  'models.pretrained': 'models.layers models.config',
+  'models.pretrained': 'models.layers models.config models.number_embeddings',
   'cross_attention': 'connections',
   'composition': 'connections cross_attention',
   'checkpoints': 'train_state',

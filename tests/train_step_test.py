@@ -26,7 +26,6 @@ from calm_jax import (
   train_step,
   trees,
 )
-from calm_jax.embedding_noise import EmbeddingNoise
 from calm_jax.models import layers
 from tests import tiny, toys
 
@@ -113,10 +112,8 @@ def random_batch(seed, shape=(8, 8), vocab=VOCAB, segments=True):
 
 
 def test_normal_noise_is_in_units_of_each_embedding():
-  noise = EmbeddingNoise(normal=0.5)
-  batch = random_batch(0, shape=(64, 32))
-  batch = noise.disturb(jax.random.key(0), batch, width=128)
-  sizes_BT = np.std(batch['decoder_embedding_noise'], axis=-1)
+  noise_BTD = train_step.draw_noise(jax.random.key(0), (64, 32, 128), most=0.5)
+  sizes_BT = np.std(noise_BTD, axis=-1)
   assert 0.45 < sizes_BT.max() < 0.65  # uniform in [0, 0.5]
   assert sizes_BT.min() < 0.02
   assert abs(sizes_BT.mean() - 0.25) < 0.01
@@ -127,55 +124,16 @@ def test_normal_noise_is_in_units_of_each_embedding():
   np.testing.assert_allclose(added_T, rms_T, rtol=1e-3)
 
 
-def test_mixed_embeddings_are_those_of_other_tokens_of_the_batch():
-  batch = random_batch(0, shape=(64, 32))
-  noise = EmbeddingNoise(mix=1.5, mix_share=0.25)
-  mixed = noise.disturb(jax.random.key(0), batch, width=128)
-  weights_BT = np.asarray(mixed['decoder_mixed_weights'])
-  assert abs(np.mean(weights_BT > 0) - 0.25) < 0.03
-  assert 1.4 < weights_BT.max() < 1.5
-  np.testing.assert_array_equal(
-    np.sort(mixed['decoder_mixed_tokens'], axis=None),
-    np.sort(batch['decoder_input_tokens'], axis=None),
-  )
-  # Weight 1 and the same tokens: each embedding is doubled.
-  untied = tiny.composed(
-    anchor=dataclasses.replace(ANCHOR, tie_embeddings=False),
-    augmenting={'code': AUGMENTING},
-    mapping=MAPPING,
-  )
-  params = toys.params(untied)
-  ones_BT = np.ones(weights_BT.shape, np.float32)
-  same = {
-    **batch,
-    'decoder_mixed_tokens': batch['decoder_input_tokens'],
-    'decoder_mixed_weights': ones_BT,
-  }
-  doubled = jax.tree.map(lambda x: 2 * x, params['anchor']['embedder'])
-  anchor = {**params['anchor'], 'embedder': doubled}
-  expected = untied({**params, 'anchor': anchor}, batch)
-  np.testing.assert_allclose(untied(params, same), expected, atol=1e-5)
-  plain = untied(params, batch)
-  assert not np.allclose(plain, expected)
-  none = {**same, 'decoder_mixed_weights': 0 * ones_BT}
-  np.testing.assert_array_equal(untied(params, none), plain)
-
-
-def test_noise_settings_are_checked():
-  with pytest.raises(ValueError, match='mix_share must be between 0 and 1'):
-    EmbeddingNoise(mix=1.0, mix_share=2.0)
-
-
 def test_embedding_noise_differs_by_step_and_seed_only():
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   batch = random_batch(0)
   plain = Run(SMALL, mesh).step(batch)['loss']
-  noisy = Run(SMALL, mesh, embedding_noise=EmbeddingNoise(normal=0.5, mix=0.5))
+  noisy = Run(SMALL, mesh, embedding_noise=0.5)
   first, second = noisy.step(batch)['loss'], noisy.step(batch)['loss']
-  again = Run(SMALL, mesh, embedding_noise=EmbeddingNoise(normal=0.5, mix=0.5))
+  again = Run(SMALL, mesh, embedding_noise=0.5)
   assert again.step(batch)['loss'] == first != plain
   # The same parameters and batch at another step: other noise.
-  other = Run(SMALL, mesh, embedding_noise=EmbeddingNoise(normal=0.5, mix=0.5))
+  other = Run(SMALL, mesh, embedding_noise=0.5)
   other.state = other.state.replace(step=other.state.step + 1)
   assert other.step(batch)['loss'] != first
   assert again.step(batch)['loss'] == second

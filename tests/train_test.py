@@ -311,6 +311,7 @@ def test_a_directory_belongs_to_one_run(
     ({'train_steps': 0}, 'TRAIN_STEPS = 0: it must be at least 1'),
     ({'trainable': 'anchor'}, r"'anchor' is not one of \['composition'\]"),
     ({'microbatches': 3}, 'BATCH_SIZE = 8 cannot be split into 3 microbatch'),
+    ({'embedding_noise': -1.0}, 'embedding_noise = -1.0: it must not be neg'),
     ({'batch_size': 6, 'make_mesh': sharding.make_mesh}, 'multiple of 8'),
     (
       {'make_mesh': lambda: sharding.make_mesh(fsdp=3)},

@@ -19,6 +19,7 @@ from calm_jax import trees, vocabularies
 from calm_jax.array_types import Params
 from calm_jax.models.config import TransformerConfig
 from calm_jax.models.layers import RopeScaling
+from calm_jax.models.number_embeddings import NumberEmbeddings
 
 CONFIG_FILE = 'config.json'
 WEIGHTS_FILE = 'model.safetensors'
@@ -35,12 +36,14 @@ class ModelSpec:
     vocabulary: ids of its words.
     weights: 'pretrained' reads `path`; 'random' initialises afresh.
     path: the model directory, or None.
+    number_embeddings: what is added to a random embedding table.
   """
 
   config: TransformerConfig
   vocabulary: vocabularies.Vocabulary
   weights: Literal['pretrained', 'random'] = 'random'
   path: pathlib.Path | None = None
+  number_embeddings: NumberEmbeddings | None = None
 
   def __post_init__(self):
     if self.weights not in ('pretrained', 'random'):
