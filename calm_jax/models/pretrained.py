@@ -50,6 +50,11 @@ class ModelSpec:
       raise ValueError(
         f"weights = {self.weights!r} is not one of ('pretrained', 'random')."
       )
+    if self.weights == 'pretrained' and self.number_embeddings is not None:
+      raise ValueError(
+        'number_embeddings are where random weights begin; with weights ='
+        " 'pretrained' they would have no effect. Leave them out."
+      )
     if self.config.vocab_size != self.vocabulary.size:
       raise ValueError(
         f'The model has vocab_size = {self.config.vocab_size}, and its'

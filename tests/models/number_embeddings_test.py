@@ -45,6 +45,17 @@ def test_only_the_rows_of_integers_change(one_device):
   jax.tree.map(np.testing.assert_array_equal, *rest)
 
 
+def test_pretrained_weights_have_no_use_for_them():
+  config = dataclasses.replace(tiny.ANCHOR, vocab_size=VOCABULARY.size)
+  with pytest.raises(ValueError, match="'pretrained' they would have no eff"):
+    ModelSpec(
+      config=config,
+      vocabulary=VOCABULARY,
+      weights='pretrained',
+      number_embeddings=NumberEmbeddings(largest=20),
+    )
+
+
 @pytest.mark.parametrize(
   ('settings', 'width', 'message'),
   [
