@@ -105,16 +105,15 @@ def load(
 def _random_params(
   spec: ModelSpec, model: transformer.DecoderLM, *, seed: int, places: Any
 ) -> Params:
-  numbers = None
+  start_VD = None
   if spec.number_embeddings is not None:
-    numbers = spec.number_embeddings.rows(spec.vocabulary, width=model.width)
+    start_VD = spec.number_embeddings.table(spec.vocabulary, width=model.width)
 
   def init(key):
     params = nn.unbox(model.init_params(key))
-    if numbers is not None:
+    if start_VD is not None:
       table_VD = params['embedder']['table']
-      table_VD = table_VD.at[numbers[0]].add(numbers[1].astype(table_VD.dtype))
-      params['embedder']['table'] = table_VD
+      params['embedder']['table'] = table_VD + start_VD.astype(table_VD.dtype)
     return params
 
   return jax.jit(init, out_shardings=places)(jax.random.key(seed))

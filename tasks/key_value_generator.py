@@ -270,8 +270,8 @@ def _neutral_text(
 
   A row is parts in any order, and its last part is left for the targets: the
   result of a calculation, or what repeats. A calculation may stand in an
-  equation with keys, drawn apart: to the anchor that learns from these, keys
-  are words that say nothing about a number.
+  equation with words, drawn apart, that say nothing about a number. Keys never
+  occur: the anchor that learns from these texts does not know them.
   """
   integers = tables.integer_table(config)
   shape = (count, config.parts_per_row)
@@ -280,8 +280,8 @@ def _neutral_text(
   needed = np.count_nonzero(kinds != 'repeat')
   expressions = iter(_training_expressions(config, rng, 'integers', needed))
   needed = np.count_nonzero(kinds == 'equation')
-  left_sides = iter(_training_expressions(config, rng, 'keys', needed))
-  keys = tables.table(config).keys
+  pool = np.arange(len(tables.NEUTRAL_WORDS))
+  left_sides = iter(_expressions(config, rng, pool, needed, lambda e: True))
   sizes = rng.integers(1, 5, shape).tolist()
   joints = rng.choice(JOINTS, shape).tolist()
   words = rng.choice(tables.NEUTRAL_WORDS, (*shape, 4)).tolist()
@@ -293,7 +293,7 @@ def _neutral_text(
         inputs, targets = _direct(integers, next(expressions))
       elif kind == 'equation':
         inputs, targets = _direct(integers, next(expressions))
-        inputs = f'{next(left_sides).text(keys)} = {inputs}'
+        inputs = f'{next(left_sides).text(tables.NEUTRAL_WORDS)} = {inputs}'
       elif kind == 'copy':
         targets = next(expressions).text(integers.keys)
         inputs = f'{targets} ->'

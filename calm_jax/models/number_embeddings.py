@@ -1,4 +1,4 @@
-"""Number embeddings that begin as waves of the number."""
+"""Embeddings of integers that begin as waves of the number."""
 
 import dataclasses
 import math
@@ -17,23 +17,31 @@ class NumberEmbeddings:
   have nothing in common, and another model can read its numbers only one by
   one.
 
+  Beside that, all embeddings can begin near one common vector. A token that the
+  training never shows stays there, as one does that a finished model is extended
+  by, which begins at the mean of its embeddings (Hewitt 2021, "Initializing New
+  Word Embeddings for Pretrained Language Models").
+
   Attributes:
     largest: integers from 0 to this are meant; each must be one token.
     harmonics: K; wave k = 1..K has the period 2 * (largest + 1) / k, so low
       ones vary smoothly over all integers.
     amplitude: of each wave.
-    seed: of the directions that the waves have in the embedding.
+    common: deviation of the components of the common vector.
+    seed: of the directions that the waves have in the embedding, and of the
+      common vector.
   """
 
   largest: int
   harmonics: int = 12
   amplitude: float = 0.3
+  common: float = 0.0
   seed: int = 0
 
-  def rows(
+  def table(
     self, vocabulary: vocabularies.Vocabulary, *, width: int
-  ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the ids [N] of the integers, and float32 rows [N, width].
+  ) -> np.ndarray:
+    """Returns the float32 table [V, width] to add to the random one.
 
     Raises:
       ValueError: if an integer is not one word of the vocabulary, or the width
@@ -57,7 +65,11 @@ class NumberEmbeddings:
       math.pi / integers.size
     )  # radians
     waves = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
-    random = np.random.default_rng(self.seed).normal(size=(width, width))
-    directions = np.linalg.qr(random)[0][: waves.shape[1]]
-    rows = self.amplitude * waves @ directions
-    return np.array(ids)[:, 0], rows.astype(np.float32)
+    rng = np.random.default_rng(self.seed)
+    directions = np.linalg.qr(rng.normal(size=(width, width)))[0]
+    table = np.empty((vocabulary.size, width), np.float32)
+    table[:] = self.common * rng.normal(size=width)
+    table[np.array(ids)[:, 0]] += (
+      self.amplitude * waves @ directions[: waves.shape[1]]
+    )
+    return table

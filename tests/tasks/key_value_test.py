@@ -181,16 +181,9 @@ def test_donors_see_what_they_should():
   assert pairs == set(value.items())
   rows = _examples('neutral_text')
   text = ' '.join(f'{e["inputs"]} {e["targets"]};' for e in rows)
-  # Keys stand on the left of equations only, and their values not beside them.
-  equations = re.findall(r'((?:[a-z]+ [+-] )+[a-z]+) = ([^=]+) = ', text)
+  assert not _keys(text, table)
+  equations = re.findall(r'(?:[a-z]+ [+-] )+[a-z]+ = (?:\d+ [+-] )+\d+ =', text)
   assert len(equations) > 100
-  rest = re.sub(r'(?:[a-z]+ [+-] )+[a-z]+ = ', '', text)
-  assert not _keys(rest, table)
-  told = [
-    ' '.join(value.get(w, w) for w in left.split()) for left, _ in equations
-  ]
-  right = [right for _, right in equations]
-  assert sum(a == b for a, b in zip(told, right, strict=True)) < 2
   assert re.search(r'\b(\w+ \w+ \w+) \| \1\b', text)
   assert re.search(r'\b(\d+ [+-] \d+) -> \1\b', text)
   calculations = re.findall(r'((?:\d+ [+-] )+\d+) = ((?:- )?\d+)', text)
