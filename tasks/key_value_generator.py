@@ -373,7 +373,7 @@ MIXTURES = {
   'kv_anchor_donor': {'numeric_arithmetic': 3.0, 'neutral_text': 1.0},
   'kv_anchor_donor_late': {'numeric_arithmetic': 1.0, 'neutral_text': 1.0},
   'kv_dc_mix_direct': {
-    'kv_dc_subs': 1.0,
+    'kv_dc_subs': 2.0,
     'kv_dc_math': 4.0,
     'kv_dc_numeric': 2.0,
   },
