@@ -17,10 +17,10 @@ class NumberEmbeddings:
   have nothing in common, and another model can read its numbers only one by
   one.
 
-  Beside that, all embeddings can begin near one common vector. A token that the
-  training never shows stays there, as one does that a finished model is extended
-  by, which begins at the mean of its embeddings (Hewitt 2021, "Initializing New
-  Word Embeddings for Pretrained Language Models").
+  Beside that, all embeddings can begin near one common vector, and a token that
+  training never shows stays there. (New tokens of a finished model are likewise
+  begun at the mean of its embeddings: Hewitt 2021, "Initializing New Word
+  Embeddings for Pretrained Language Models".)
 
   Attributes:
     largest: integers from 0 to this are meant; each must be one token.
