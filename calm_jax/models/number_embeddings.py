@@ -17,10 +17,11 @@ class NumberEmbeddings:
   have nothing in common, and another model can read its numbers only one by
   one.
 
-  Beside that, all embeddings can begin near one common vector, and a token that
-  training never shows stays there. (New tokens of a finished model are likewise
-  begun at the mean of its embeddings: Hewitt 2021, "Initializing New Word
-  Embeddings for Pretrained Language Models".)
+  Beside that, all embeddings can begin near one common vector. Where the output
+  matrix is not tied to them, and nothing decays, a token that training never
+  shows stays there. (New tokens of a finished model are likewise begun at the
+  mean of its embeddings: Hewitt 2021, "Initializing New Word Embeddings for
+  Pretrained Language Models".)
 
   Attributes:
     largest: integers from 0 to this are meant; each must be one token.
