@@ -5,7 +5,8 @@ whose product exists is not run again; training resumes at its last checkpoint.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+import hashlib
 import itertools
 import json
 import os
@@ -23,6 +24,7 @@ EVALUATION = {
   'scratchpad': 'kv_quick_evaluate_scratchpad.gin',
 }
 ANCHOR_PARTS = ('anchor', 'anchor_final')
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 class Stage:
@@ -103,6 +105,29 @@ def _watch(running: list[tuple[Stage, subprocess.Popen]]) -> None:
     time.sleep(0.5)
 
 
+def inputs() -> list[pathlib.Path]:
+  """Returns the files of the checkout that decide what the stages make."""
+  donors = ROOT.glob('tasks/donors/kv_quick/*/model.safetensors')
+  settings = ROOT.glob('gin/*/kv_quick*.gin')
+  return sorted([*donors, *settings, *ROOT.glob('gin/runs/*.gin')])
+
+
+def refuse_changed(files: Iterable[pathlib.Path], out: pathlib.Path) -> None:
+  """Ends the program if `out` was begun with other contents of the files."""
+  contents = hashlib.sha256()
+  for file in files:
+    contents.update(file.read_bytes())
+  record = out / 'inputs.sha256'
+  if record.exists() and record.read_text() != contents.hexdigest():
+    sys.exit(
+      f'error: the donors or gin files have changed since {out} was begun, and'
+      f' what is finished there is of the old ones. Rename {out}, or give'
+      ' another --out.'
+    )
+  out.mkdir(parents=True, exist_ok=True)
+  record.write_text(contents.hexdigest())
+
+
 def gin(name: str, **macros: object) -> list[str]:
   """Returns the flags of an experiment with some macros set."""
   bindings = [f'--gin.{k}={v!r}' for k, v in macros.items()]
@@ -179,6 +204,8 @@ def main() -> None:
   donors = {}
   if flags.from_scratch:
     out = out / 'from_scratch'
+  refuse_changed(inputs(), out)
+  if flags.from_scratch:
     donors = train_donors(out)
   started = time.time()
   for seed in seeds:
