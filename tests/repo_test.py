@@ -21,18 +21,19 @@ PACKAGE = ROOT / 'calm_jax'
 # A module imports from lower floors; the table below allows the few others.
 FLOORS = (
   'array_types trees',
-  'masks losses sharding vocabularies',
+  'masks losses sharding vocabularies alignment',
   'models.layers models.config models.attention models.transformer'
   ' models.encoder models.stacking models.number_embeddings models.pretrained',
-  'connections cross_attention composition',
-  'optimizers train_state batches prefetch data checkpoints'
-  ' metrics flops assembly run_files',
+  'connections cross_attention sources composition',
+  'optimizers train_state batches array_batches prefetch data'
+  ' feature_converters checkpoints metrics flops assembly run_files',
   'train_step decoding evaluation',
   'api evaluate infer train gin_setup',
 )
 # What a module may import of its own floor.
 WITHIN_A_FLOOR = {
   'sharding': '',
+  'alignment': 'vocabularies',
   'models.config': 'models.layers',
   'models.attention': 'models.layers models.config',
   'models.transformer': 'models.layers models.config models.attention',
@@ -40,9 +41,10 @@ WITHIN_A_FLOOR = {
   'models.stacking': 'models.transformer',
   'models.pretrained': 'models.layers models.config models.number_embeddings',
   'cross_attention': 'connections',
-  'composition': 'connections cross_attention',
+  'composition': 'connections cross_attention sources',
   'checkpoints': 'train_state',
   'data': 'batches',
+  'array_batches': 'batches',
   'prefetch': 'batches',
   'evaluate': 'api',
   'infer': 'evaluate',
@@ -54,8 +56,8 @@ DOORWAYS = {
   'gin': {'gin_setup'},
   'absl': {'gin_setup'},
   'orbax': {'checkpoints'},
-  'seqio': {'data', 'evaluation'},
-  'tensorflow': {'data', 'evaluation'},
+  'seqio': {'data', 'feature_converters', 'evaluation'},
+  'tensorflow': {'data', 'feature_converters', 'evaluation'},
   'torch': set(),
   'transformers': set(),
 }
