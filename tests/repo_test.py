@@ -62,10 +62,6 @@ WITHIN_A_FLOOR = {
 }
 # These import nothing of ours.
 NO_FLOOR = {'__init__', 'models.__init__', 'text.__init__'}
-  '__init__',
-  'models.__init__',
-  'text.__init__',
-}  # import nothing of ours
 # Who may import a library at all, be it inside a function.
 DOORWAYS = {
   'jinja2': {'text.chat_process'},
