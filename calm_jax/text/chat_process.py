@@ -19,6 +19,8 @@ import jinja2.sandbox
 MAX_CHARACTERS = 4 * 10**6
 _MEMORY_BYTES = 512 * 2**20
 _CPU_S = 60
+# What Python imports at first use must be there before no file can be opened.
+_WARM_UP = "{{ strftime_now('%d %b %Y') }}{{ ['é'] | tojson }}{{ lipsum(n=1) }}"
 
 
 class _Generation(jinja2.ext.Extension):
@@ -100,7 +102,7 @@ def _limit():
 def main():
   """Reads a job from standard input, and answers on standard output."""
   job = json.load(sys.stdin)
-  _strftime_now('%d %b %Y')  # What it imports must be there beforehand.
+  render(_WARM_UP, {})
   _limit()
   try:
     answer = {'text': render(job['template'], job['variables'])}

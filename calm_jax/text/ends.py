@@ -28,7 +28,9 @@ def ends_of(
     at most the length of the text.
   """
   byte_at = [0, *itertools.accumulate(len(c.encode('utf-8')) for c in text)]
-  spans = [(byte_at[start], byte_at[end]) for start, end in spans]
+  spans = [
+    (byte_at[start], byte_at[end]) for start, end in _widened(text, spans)
+  ]
   data = text.encode('utf-8')
   ends = []
   first, start = 0, 0  # Of the stretch of text since the last whole token.
@@ -41,6 +43,21 @@ def ends_of(
       ends.append(spans[i][1])
       first, start = i + 1, spans[i][1]
   return list(itertools.accumulate(ends, max))
+
+
+def _widened(text, spans):
+  """Adds to spans the characters behind them that no token claims.
+
+  A normaliser that composes characters counts the first of them only. White
+  space is left out: there it was dropped, and belongs to no token.
+  """
+  claimed = {i for start, end in spans for i in range(start, end)}
+  for start, end in spans:
+    while start < end < len(text):
+      if end in claimed or text[end].isspace():
+        break
+      end += 1
+    yield start, end
 
 
 def _stretch(data, start, stop, spans, token_bytes) -> list[int]:

@@ -193,7 +193,7 @@ class SentencePieceVocabulary(base.BaseVocabulary):
   def decode(self, ids: Iterable[int]) -> str:
     # The unknown token stays visible: without it a wrong answer could read
     # like a right one.
-    unknown = f' {self._processor.id_to_piece(self._processor.unk_id())}'
+    unknown = self._processor.id_to_piece(self._processor.unk_id())
     text = b''.join(
       unknown.encode() if i == self.unk_id else self.token_bytes(i) or b''
       for i in ids
