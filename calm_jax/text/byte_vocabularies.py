@@ -88,9 +88,8 @@ class ByT5Vocabulary(ByteVocabulary):
       ValueError: if the settings name a token that is not there.
     """
     self.settings = settings or Settings()
-    tokens = self.settings.added or _byt5_tokens(
-      int(self.settings.config.get('extra_ids', 125))
-    )
+    tokens = _byt5_tokens(self.settings.extra_ids(125))
+    tokens |= self.settings.added
     self._added = added_tokens.AddedTokens(tokens)
     self.size = 1 + max(258, *tokens)
     ids = self.settings.special_ids(self._added.ids.get, self.size)

@@ -114,7 +114,7 @@ class SentencePieceVocabulary(base.BaseVocabulary):
   def _added_tokens(self, extra_ids: int) -> dict[int, tokenizers.AddedToken]:
     """Returns the tokens that are cut out of a text, by id."""
     model, settings = self._processor, self.settings
-    extra_ids = settings.config.get('extra_ids', extra_ids)
+    extra_ids = settings.extra_ids(extra_ids)
     tokens = {
       i: _special(model.id_to_piece(i))
       for i in range(self._pieces)
