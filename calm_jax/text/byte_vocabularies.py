@@ -58,7 +58,9 @@ class ByteVocabulary(base.BaseVocabulary):
     return bytes([byte]) if 0 <= byte < 256 else None
 
   def decode(self, ids: Iterable[int]) -> str:
-    text = b''.join(self.token_bytes(i) or b'' for i in ids)
+    text = b''.join(
+      b'<unk>' if i == self.unk_id else self.token_bytes(i) or b'' for i in ids
+    )
     return text.decode('utf-8', errors=self._errors)
 
   def fingerprint(self) -> str:
