@@ -26,7 +26,7 @@ FLOORS = (
   ' text.byte_vocabularies text.sentencepiece_vocabulary'
   ' text.tokenizers_vocabulary',
   'models.layers models.config models.attention models.transformer'
-  ' models.number_embeddings models.pretrained',
+  ' models.encoder models.stacking models.number_embeddings models.pretrained',
   'connections cross_attention composition',
   'optimizers train_state batches prefetch data checkpoints'
   ' metrics flops assembly run_files',
@@ -50,6 +50,8 @@ WITHIN_A_FLOOR = {
   'models.config': 'models.layers',
   'models.attention': 'models.layers models.config',
   'models.transformer': 'models.layers models.config models.attention',
+  'models.encoder': 'models.attention models.transformer',
+  'models.stacking': 'models.transformer',
   'models.pretrained': 'models.layers models.config models.number_embeddings',
   'cross_attention': 'connections',
   'composition': 'connections cross_attention',
