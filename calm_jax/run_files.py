@@ -6,15 +6,11 @@ import json
 import pathlib
 from typing import Any
 
-import jax
-import numpy as np
-import safetensors.numpy
-
 from calm_jax import trees
 from calm_jax.array_types import Params
 from calm_jax.composition import ComposedLM
 from calm_jax.connections import CompositionConfig, Connection, LayerMapping
-from calm_jax.models import pretrained
+from calm_jax.models import pretrained, weights
 
 CONFIG_FILE = 'calm_config.json'
 WEIGHTS_FILE = 'composition.safetensors'
@@ -96,7 +92,7 @@ def check_models(
   """
   expected = read_config(directory)[1]
   actual = {
-    name: pretrained.read_weights(spec.path)[1]
+    name: pretrained.fingerprint(spec)
     if spec.weights == 'pretrained'
     else expected.get(name, 'random')
     for name, spec in specs.items()
@@ -107,13 +103,10 @@ def check_models(
 def write_composition(directory: pathlib.Path, composition: Params) -> None:
   """Writes Theta_C, and nothing else, as safetensors."""
   tensors = {
-    name: np.ascontiguousarray(leaf)
-    for name, leaf in trees.flatten(jax.device_get(composition)).items()
+    name: weights.of_array(leaf)
+    for name, leaf in trees.flatten(composition).items()
   }
-  file = directory / WEIGHTS_FILE
-  temporary = file.with_suffix('.tmp')
-  safetensors.numpy.save_file(tensors, temporary)
-  temporary.replace(file)
+  weights.write_file(directory / WEIGHTS_FILE, tensors)
 
 
 def read_composition(directory: pathlib.Path) -> dict[str, Any]:
@@ -124,4 +117,6 @@ def read_composition(directory: pathlib.Path) -> dict[str, Any]:
       f'{directory} holds no {WEIGHTS_FILE}: the run has not ended. Let it end,'
       ' by the same command, first.'
     )
-  return trees.unflatten(pretrained.read_safetensors(file))
+  tensors = weights.open_file(file)
+  weights.digests(tensors, what=str(file))  # NaN and infinity are refused
+  return trees.unflatten({k: one.read() for k, one in tensors.items()})

@@ -25,7 +25,7 @@ FLOORS = (
   'models.layers models.config models.attention models.transformer'
   ' models.number_embeddings models.pretrained models.config_fields'
   ' models.rope_fields models.family_tables models.tensor_names'
-  ' models.families',
+  ' models.families models.directories models.weights',
   'connections cross_attention composition',
   'optimizers train_state batches prefetch data checkpoints'
   ' metrics flops assembly run_files',
@@ -38,7 +38,9 @@ WITHIN_A_FLOOR = {
   'models.config': 'models.layers',
   'models.attention': 'models.layers models.config',
   'models.transformer': 'models.layers models.config models.attention',
-  'models.pretrained': 'models.layers models.config models.number_embeddings',
+  'models.weights': 'models.directories',
+  'models.pretrained': 'models.layers models.config models.number_embeddings'
+  ' models.directories models.families models.weights models.sizes',
   'models.rope_fields': 'models.config_fields models.layers',
   'models.tensor_names': 'models.config models.family_tables',
   'models.families': 'models.config models.config_fields models.family_tables'

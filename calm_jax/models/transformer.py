@@ -1,6 +1,6 @@
 """`DecoderLM`: a decoder-only transformer that can be run block by block."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 import itertools
 from typing import Any, Literal
 
@@ -265,13 +265,20 @@ class DecoderLM(nn.Module):
     return caches
 
 
-def restack(params: Params, *, source: DecoderLM, target: DecoderLM) -> Params:
+def restack(
+  params: Params,
+  *,
+  source: DecoderLM,
+  target: DecoderLM,
+  stack: Callable[[Sequence[Any]], Any] = jnp.stack,
+) -> Params:
   """Moves the parameters of one stack layout into another.
 
   Args:
     params: parameters (arrays of any kind) of `source`.
     source: the layout they have.
     target: the layout wanted, of the same config.
+    stack: makes one array of those of a segment's blocks.
 
   Returns:
     The same numbers in the tree of `target`.
@@ -292,5 +299,5 @@ def restack(params: Params, *, source: DecoderLM, target: DecoderLM) -> Params:
     if target.stack == 'loop':
       out[name] = blocks[first]
     else:
-      out[name] = jax.tree.map(lambda *x: jnp.stack(x), *blocks[first:last])
+      out[name] = jax.tree.map(lambda *x: stack(x), *blocks[first:last])
   return out

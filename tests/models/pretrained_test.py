@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 from calm_jax import assembly, trees
-from calm_jax.models import layers, pretrained, transformer
+from calm_jax.models import directories, layers, pretrained, transformer
 from tests import tiny, toys
 
 CONFIG = dataclasses.replace(
@@ -141,11 +141,16 @@ def test_a_fingerprint_changes_with(what, good, copy):
 
 
 @pytest.mark.parametrize(
-  'name', ['config.json', 'model.safetensors', 'tokenizer.json']
+  ('name', 'message'),
+  [
+    ('config.json', 'it has no config.json. It needs'),
+    ('model.safetensors', 'has neither model.safetensors nor model.safetens'),
+    ('tokenizer.json', 'tokenizer.json cannot be read'),
+  ],
 )
-def test_a_missing_file_is_named(name, copy):
+def test_a_missing_file_is_named(name, message, copy):
   (copy / name).unlink()
-  with pytest.raises(ValueError, match=f'it has no {name}. It needs'):
+  with pytest.raises(ValueError, match=message):
     pretrained.pretrained_model(copy)
 
 
@@ -192,5 +197,5 @@ def test_a_wrong_source_of_weights_is_refused(good):
 
 
 def test_paths_of_our_own_files():
-  path = pretrained.resolve_path('calm_jax://tasks/key_value.py')
+  path = directories.resolve('calm_jax://tasks/key_value.py')
   assert path.is_file()
