@@ -12,7 +12,7 @@ from calm_jax import sharding, trees
 from calm_jax.array_types import Params
 from calm_jax.composition import ComposedLM
 from calm_jax.connections import CompositionConfig
-from calm_jax.models import directories, pretrained, transformer, weights
+from calm_jax.models import directories, pretrained, stacking, weights
 from calm_jax.models.pretrained import ModelSpec
 
 
@@ -97,7 +97,7 @@ def load(
   source, fingerprint = _open(spec, model)
   tensors = trees.unflatten(source.tensors)
   if model.stack != 'loop':
-    tensors = transformer.restack(
+    tensors = stacking.restack(
       tensors,
       source=model.clone(stack='loop'),
       target=model,

@@ -23,9 +23,9 @@ FLOORS = (
   'array_types trees',
   'masks losses sharding vocabularies',
   'models.layers models.config models.attention models.transformer'
-  ' models.number_embeddings models.pretrained models.config_fields'
-  ' models.rope_fields models.family_tables models.tensor_names'
-  ' models.families models.directories models.weights',
+  ' models.encoder models.stacking models.number_embeddings models.pretrained'
+  ' models.config_fields models.rope_fields models.family_tables'
+  ' models.tensor_names models.families models.directories models.weights',
   'connections cross_attention composition',
   'optimizers train_state batches prefetch data checkpoints'
   ' metrics flops assembly run_files',
@@ -45,6 +45,8 @@ WITHIN_A_FLOOR = {
   'models.tensor_names': 'models.config models.family_tables',
   'models.families': 'models.config models.config_fields models.family_tables'
   ' models.rope_fields models.tensor_names',
+  'models.encoder': 'models.attention models.transformer',
+  'models.stacking': 'models.transformer',
   'cross_attention': 'connections',
   'composition': 'connections cross_attention',
   'checkpoints': 'train_state',
