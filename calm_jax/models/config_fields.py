@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 HARMLESS = frozenset(
   """
   _attn_implementation _attn_implementation_autoset _commit_hash
-  _name_or_path architectures assistant_confidence_threshold
+  _name_or_path _sliding_window_pattern architectures
+  assistant_confidence_threshold
   attention_dropout attn_implementation bad_words_ids begin_suppress_tokens
   bos_token_id cache_implementation chunk_size_feed_forward
   classifier_dropout decoder_start_token_id diversity_penalty do_sample
