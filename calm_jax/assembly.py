@@ -12,7 +12,13 @@ from calm_jax import sharding, trees
 from calm_jax.array_types import Params
 from calm_jax.composition import ComposedLM
 from calm_jax.connections import CompositionConfig
-from calm_jax.models import directories, pretrained, stacking, weights
+from calm_jax.models import (
+  directories,
+  pretrained,
+  stacking,
+  transformer,
+  weights,
+)
 from calm_jax.models.pretrained import ModelSpec
 
 
