@@ -26,6 +26,7 @@ from calm_jax.models import directories
 WEIGHTS_FILE = 'model.safetensors'
 INDEX_FILE = 'model.safetensors.index.json'
 PIECE_BYTES = 4 << 20  # read at once; what fits a cache is read fastest
+THREADS = min(16, os.cpu_count() or 1)
 STRIP = 16  # rows transposed at once: the fastest of 4 to 512 on x86
 MAX_HEADER = 16 << 20  # 100,000 tensors in one file
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.pickle')
@@ -264,18 +265,29 @@ def open_file(file: pathlib.Path) -> dict[str, Tensor]:
 
 def _fill_from_file(part: Any, out: np.ndarray, index: Index) -> None:
   """Copies a slice of a file into `out`, piece by piece."""
-  for inside in _parts(out.shape, out.itemsize):
+  # As integers: numpy copies those without holding the interpreter's lock.
+  bits = out.view(f'u{out.itemsize}')
+
+  def copy(inside):
     there = tuple(
       slice(outer.start + inner.start, outer.start + inner.stop)
       for outer, inner in zip(index, inside, strict=True)
     )
-    piece = part[there]
-    target = out[inside]
+    piece = part[there].astype(out.dtype, copy=False).view(bits.dtype)
+    target = bits[inside]
     if piece.ndim < 2 or target.strides[-1] == target.itemsize:
       target[...] = piece
-      continue
+      return
     for i in range(0, len(piece), STRIP):  # transposed: spares the caches
       target[i : i + STRIP] = piece[i : i + STRIP]
+
+  parts = list(_parts(out.shape, out.itemsize))
+  if len(parts) < 2:
+    for inside in parts:
+      copy(inside)
+    return
+  with futures.ThreadPoolExecutor(min(len(parts), THREADS)) as pool:
+    list(pool.map(copy, parts))
 
 
 # --- Fingerprints ------------------------------------------------------------
@@ -305,7 +317,7 @@ def digests(tensors: Mapping[str, Tensor], *, what: str) -> dict[str, str]:
 
   # The large ones first, so that no thread is left with one at the end.
   names = sorted(tensors, key=lambda name: -tensors[name].nbytes)
-  with futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # hashlib: no GIL
+  with futures.ThreadPoolExecutor(THREADS) as pool:  # hashlib: no lock
     return dict(zip(names, pool.map(one, names), strict=True))
 
 
