@@ -21,7 +21,10 @@ PACKAGE = ROOT / 'calm_jax'
 # A module imports from lower floors; the table below allows the few others.
 FLOORS = (
   'array_types trees',
-  'masks losses sharding vocabularies',
+  'masks losses sharding vocabularies text.files text.settings'
+  ' text.added_tokens text.ends text.chat_process text.chat_templates text.base'
+  ' text.byte_vocabularies text.sentencepiece_vocabulary'
+  ' text.tokenizers_vocabulary',
   'models.layers models.config models.attention models.transformer'
   ' models.encoder models.stacking models.number_embeddings models.pretrained'
   ' models.config_fields models.rope_fields models.family_tables'
@@ -35,6 +38,17 @@ FLOORS = (
 # What a module may import of its own floor.
 WITHIN_A_FLOOR = {
   'sharding': '',
+  'text.settings': 'text.files',
+  'text.chat_templates': 'text.files',
+  'text.base': 'text.chat_templates text.settings',
+  'text.byte_vocabularies': 'text.added_tokens text.base text.chat_templates'
+  ' text.settings',
+  'text.sentencepiece_vocabulary': 'text.added_tokens text.base'
+  ' text.chat_templates text.ends text.files text.settings',
+  'text.tokenizers_vocabulary': 'text.base text.chat_templates text.ends'
+  ' text.files text.settings',
+  'vocabularies': 'text.base text.byte_vocabularies text.files text.settings'
+  ' text.sentencepiece_vocabulary text.tokenizers_vocabulary',
   'models.config': 'models.layers',
   'models.attention': 'models.layers models.config',
   'models.transformer': 'models.layers models.config models.attention',
@@ -56,9 +70,11 @@ WITHIN_A_FLOOR = {
   'infer': 'evaluate',
   'gin_setup': 'evaluate infer train',
 }
-NO_FLOOR = {'__init__', 'models.__init__'}  # import nothing of ours
+# These import nothing of ours.
+NO_FLOOR = {'__init__', 'models.__init__', 'text.__init__'}
 # Who may import a library at all, be it inside a function.
 DOORWAYS = {
+  'jinja2': {'text.chat_process'},
   'gin': {'gin_setup'},
   'absl': {'gin_setup'},
   'orbax': {'checkpoints'},
