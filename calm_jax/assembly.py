@@ -13,7 +13,7 @@ from calm_jax import sharding, trees
 from calm_jax.array_types import Params
 from calm_jax.composition import ComposedLM
 from calm_jax.connections import CompositionConfig
-from calm_jax.models import pretrained, transformer
+from calm_jax.models import pretrained, stacking, transformer
 from calm_jax.models.pretrained import ModelSpec
 
 
@@ -97,7 +97,7 @@ def load(
   wanted = nn.unbox(jax.eval_shape(loop.init_params, jax.random.key(0)))
   trees.check_same_structure(wanted, tensors, what=str(spec.path))
   if model.stack != 'loop':
-    tensors = transformer.restack(tensors, source=loop, target=model)
+    tensors = stacking.restack(tensors, source=loop, target=model)
   params = place(tensors, places, dtype=spec.config.param_dtype)
   return Loaded(params, fingerprint, f'pretrained, {spec.path.name}')
 

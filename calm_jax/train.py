@@ -30,7 +30,7 @@ from calm_jax.array_types import Params
 from calm_jax.batches import BatchIterator
 from calm_jax.composition import ComposedLM
 from calm_jax.connections import CompositionConfig
-from calm_jax.models import pretrained, transformer
+from calm_jax.models import pretrained, stacking
 from calm_jax.models.pretrained import ModelSpec
 from calm_jax.prefetch import Prefetcher
 
@@ -310,7 +310,7 @@ def _export(
   pretrained.write_model(
     directory / 'model',
     config=anchor.config,
-    params=transformer.restack(
+    params=stacking.restack(
       trained['anchor'], source=model.anchor, target=loop
     ),
     vocabulary=anchor.vocabulary,

@@ -23,9 +23,9 @@ FLOORS = (
   'array_types trees',
   'masks losses sharding vocabularies',
   'models.layers models.config models.attention models.transformer'
-  ' models.number_embeddings models.pretrained models.config_fields'
-  ' models.rope_fields models.family_tables models.tensor_names'
-  ' models.families',
+  ' models.encoder models.stacking models.number_embeddings models.pretrained'
+  ' models.config_fields models.rope_fields models.family_tables'
+  ' models.tensor_names models.families',
   'connections cross_attention composition',
   'optimizers train_state batches prefetch data checkpoints'
   ' metrics flops assembly run_files',
@@ -38,6 +38,8 @@ WITHIN_A_FLOOR = {
   'models.config': 'models.layers',
   'models.attention': 'models.layers models.config',
   'models.transformer': 'models.layers models.config models.attention',
+  'models.encoder': 'models.attention models.transformer',
+  'models.stacking': 'models.transformer',
   'models.pretrained': 'models.layers models.config models.number_embeddings',
   'models.rope_fields': 'models.config_fields models.layers',
   'models.tensor_names': 'models.config models.family_tables',
