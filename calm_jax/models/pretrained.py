@@ -108,7 +108,7 @@ def pretrained_model(
   changes = {name: value for name, value in changes.items() if value}
   return ModelSpec(
     config=dataclasses.replace(config, **changes),
-    vocabulary=vocabularies.TokenizersVocabulary.from_directory(path),
+    vocabulary=vocabularies.load_vocabulary(path),
     weights=weights,
     path=path,
     model_type=model_type,
