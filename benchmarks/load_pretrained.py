@@ -39,7 +39,13 @@ def write(directory: pathlib.Path, size: str) -> int:
   import numpy as np
 
   from calm_jax import trees, vocabularies
-  from calm_jax.models import directories, families, transformer, weights
+  from calm_jax.models import (
+    directories,
+    families,
+    transformer,
+    weight_files,
+    weights,
+  )
 
   layers, width, heads, kv_heads, mlp, vocab = SIZES[size]
   fields = {
@@ -73,7 +79,7 @@ def write(directory: pathlib.Path, size: str) -> int:
     )
   directory.mkdir()
   directories.write_json(directory / 'config.json', fields)
-  weights.write_directory(directory, tensors, shard_bytes=1_000_000_000)
+  weight_files.write_directory(directory, tensors, shard_bytes=1_000_000_000)
   vocabularies.word_vocabulary(['a', 'b']).save(directory)
   return sum(tensor.nbytes for tensor in tensors.values())
 

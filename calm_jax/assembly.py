@@ -157,8 +157,7 @@ def place(tensors: Any, places: Any, *, dtype: str | None = None) -> Any:
   """
 
   def one(tensor, where):
-    if not isinstance(tensor, weights.Tensor):
-      tensor = weights.of_array(tensor)
+    tensor = weights.of_array(tensor)
     parts = {}  # devices that hold the same part share one reading of it
 
     def part(index):

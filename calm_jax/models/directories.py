@@ -10,6 +10,8 @@ import pathlib
 import re
 from typing import Any
 
+from calm_jax.text import files
+
 CONFIG_FILE = 'config.json'
 PACKAGE_PREFIX = 'calm_jax://'
 MAX_JSON = 4 << 20
@@ -129,49 +131,14 @@ def check_contained(file: pathlib.Path) -> None:
 
 
 def read_json(file: pathlib.Path, *, limit: int = MAX_JSON) -> dict[str, Any]:
-  """Reads a JSON object.
+  """Reads a JSON object, as `text.files` does; no links out.
 
   Args:
-    file: not a link out of its directory.
-    limit: a larger file is refused.
-
-  Raises:
-    ValueError: if it is missing, too large, not a JSON object, too deep, or
-      has a key twice.
+    file: must exist.
+    limit: how many bytes it may have.
   """
   check_contained(file)
-  if not file.is_file():
-    raise ValueError(f'{file.parent} has no {file.name}.')
-  if file.stat().st_size > limit:
-    raise ValueError(
-      f'{file} has {file.stat().st_size:,} bytes; at most {limit:,} are read.'
-    )
-  try:
-    return parse_json(file.read_bytes())
-  except ValueError as error:
-    raise ValueError(f'{file} is not what it should be: {error}.') from error
-
-
-def parse_json(content: bytes) -> dict[str, Any]:
-  """Parses a JSON object strictly; see `read_json`."""
-
-  def unique(pairs):
-    found = {}
-    for name, value in pairs:
-      if name in found:
-        raise ValueError(f'the key {name!r} is there twice')
-      found[name] = value
-    return found
-
-  try:
-    parsed = json.loads(content, object_pairs_hook=unique)
-  except json.JSONDecodeError as error:
-    raise ValueError(f'not JSON: {error}') from error
-  except RecursionError as error:
-    raise ValueError('it is nested too deeply') from error
-  if not isinstance(parsed, dict):
-    raise ValueError(f'a JSON object is expected, not {type(parsed).__name__}')
-  return parsed
+  return files.parse_json(files.read_text(file, limit=limit), file)
 
 
 def dump_json(content: Any, *, indent: int | None = 2) -> str:

@@ -16,8 +16,8 @@ import numpy as np
 
 from calm_jax import trees, vocabularies
 from calm_jax.array_types import Params
-from calm_jax.models import directories, families
-from calm_jax.models import weights as weight_files
+from calm_jax.models import directories, families, weight_files
+from calm_jax.models import weights as lazy
 from calm_jax.models.config import TransformerConfig
 from calm_jax.models.layers import RopeScaling
 from calm_jax.models.number_embeddings import NumberEmbeddings
@@ -158,7 +158,7 @@ def check_size(config: TransformerConfig, size: str, *, what: str) -> None:
 
 
 def _as_stored(
-  config: TransformerConfig, stored: Mapping[str, weight_files.Tensor]
+  config: TransformerConfig, stored: Mapping[str, lazy.Tensor]
 ) -> TransformerConfig:
   """Sets param_dtype to what most bytes are stored in."""
   sizes = dict.fromkeys(weight_files.FLOATS, 0)
@@ -181,16 +181,16 @@ class Source:
     left_out: names in the directory of what the model does not need.
   """
 
-  tensors: dict[str, weight_files.Tensor]
+  tensors: dict[str, lazy.Tensor]
   left_out: tuple[str, ...]
 
-  def report(self, path: pathlib.Path, dtype: str) -> str:
-    """Says what is loaded, cast and left out, in a line."""
+  def report(self, path: pathlib.Path, dtype: str | None = None) -> str:
+    """Says what is loaded, cast to `dtype` and left out, in a line."""
     count = len(self.tensors)
     nbytes = sum(tensor.nbytes for tensor in self.tensors.values())
     parts = [f'{count} tensors, {nbytes / 1e9:.3g} GB, from {path}']
     for stored in sorted({t.dtype.name for t in self.tensors.values()}):
-      if stored != dtype:
+      if dtype is not None and stored != dtype:
         cast = [t for t in self.tensors.values() if t.dtype.name == stored]
         parts.append(f'cast: {len(cast)} from {stored} to {dtype}')
     if self.left_out:
@@ -308,7 +308,7 @@ def write_model(
   directory.mkdir(parents=True, exist_ok=True)
   dtype = np.dtype(storage_dtype or config.param_dtype)
   tensors = {
-    name: weight_files.of_array(leaf).astype(dtype)
+    name: lazy.of_array(leaf).astype(dtype)
     for name, leaf in trees.flatten(params).items()
   }
   fields = dataclasses.asdict(

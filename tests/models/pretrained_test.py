@@ -145,7 +145,7 @@ def test_a_fingerprint_changes_with(what, good, copy):
   [
     ('config.json', 'it has no config.json. It needs'),
     ('model.safetensors', 'has neither model.safetensors nor model.safetens'),
-    ('tokenizer.json', 'tokenizer.json cannot be read'),
+    ('tokenizer.json', 'has no tokenizer'),
   ],
 )
 def test_a_missing_file_is_named(name, message, copy):
