@@ -19,6 +19,7 @@ import threading
 import time
 
 SIZES = {  # layers, width, heads, kv heads, feed-forward, vocabulary
+  '0.03': (8, 512, 8, 4, 1024, 20_000),  # 60 MB, for a test
   '0.1': (12, 768, 12, 4, 2048, 32_000),
   '1': (16, 2048, 32, 8, 8192, 128_256),  # as Llama 3.2 1B
 }

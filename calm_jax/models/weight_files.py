@@ -154,7 +154,7 @@ def _fill_from_file(part: Any, out: np.ndarray, index: Index) -> None:
       for outer, inner in zip(index, inside, strict=True)
     )
     piece = part[there].astype(out.dtype, copy=False).view(bits.dtype)
-    target = bits[inside]
+    target = bits[(*inside, ...)]  # an array, be it of no axes
     if piece.ndim < 2 or target.strides[-1] == target.itemsize:
       target[...] = piece
       return
