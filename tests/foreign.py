@@ -34,27 +34,51 @@ ENCODER = {
   'num_layers': 3,
   'num_heads': 4,
 }
+EYES = {
+  'vision_config': {
+    'hidden_size': 16,
+    'intermediate_size': 16,
+    'num_hidden_layers': 1,
+    'num_attention_heads': 2,
+    'image_size': 28,
+    'patch_size': 14,
+  },
+  'mm_tokens_per_image': 4,
+  'image_token_index': VOCAB - 1,
+}
 
 
 def make(model_type, *, seed=0, **fields):
-  """A model of `transformers` in float32, without dropout."""
+  """A model of `transformers` in float32, all of it random."""
   import torch
-  import transformers
 
-  is_encoder = model_type in ('t5', 'mt5')
-  sizes = ENCODER if is_encoder else DECODER
-  config = transformers.CONFIG_MAPPING[model_type](**{**sizes, **fields})
-  config._attn_implementation = 'eager'
-  name = {'t5': 'T5EncoderModel', 'mt5': 'MT5EncoderModel'}.get(model_type)
-  if name:
-    model = getattr(transformers, name)(config)
-  else:
-    model = transformers.AutoModelForCausalLM.from_config(config)
+  sizes = ENCODER if model_type in ('t5', 'mt5') else DECODER
+  if model_type == 'gemma3':
+    fields = {'text_config': {**sizes, **fields}, **EYES}
+    sizes = {}
+  model = build({'model_type': model_type, **sizes, **fields})
   torch.manual_seed(seed)
   with torch.no_grad():
     for name, one in model.named_parameters():
       one.copy_(_random(name, torch.randn(one.shape), model_type))
   return model.eval()
+
+
+def build(fields):
+  """A model of `transformers` by the fields of a `config.json`."""
+  import transformers
+
+  model_type = fields['model_type']
+  config = transformers.CONFIG_MAPPING[model_type].from_dict(fields)
+  config._attn_implementation = 'eager'
+  name = {
+    't5': 'T5EncoderModel',
+    'mt5': 'MT5EncoderModel',
+    'gemma3': 'Gemma3ForConditionalGeneration',
+  }.get(model_type)
+  if name:
+    return getattr(transformers, name)(config).eval()
+  return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
 def _random(name, noise, model_type):

@@ -5,9 +5,9 @@ computation. `HARMLESS` lists those known not to.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-import math
 from typing import Any, NoReturn
 
+LARGEST = 1e18  # of any number in a configuration
 # Names and ids for the tokenizer, training, generation, and bookkeeping.
 HARMLESS = frozenset(
   """
@@ -92,13 +92,20 @@ class Fields:
     """Returns a field of any type, or its default."""
     return self._fields.pop(name, self._defaults[name])
 
-  def size(self, name: str, *, null: int | None = 0, least: int = 1) -> Any:
+  def size(
+    self,
+    name: str,
+    *,
+    null: int | None = 0,
+    least: int = 1,
+    most: int = 2**31 - 1,
+  ) -> Any:
     """Returns an integer; `null` stands for null, 0 if that is an error."""
     value = self.pop(name)
     if value is None and null != 0:
       return null
-    if not _is_number(value) or value != int(value) or value < least:
-      self.refuse(name, value, f'expected an integer of at least {least}')
+    if not _is_number(value) or value % 1 or not least <= value <= most:
+      self.refuse(name, value, f'expected an integer from {least} to {most}')
     return int(value)
 
   def number(self, name: str, *, nullable: bool = False) -> Any:
@@ -178,5 +185,5 @@ def _is_number(value: Any) -> bool:
   return (
     isinstance(value, int | float)
     and not isinstance(value, bool)
-    and math.isfinite(value)
+    and -LARGEST <= value <= LARGEST  # not so for NaN
   )

@@ -31,6 +31,7 @@ FEED_FORWARDS = {
   **{f'gated-{name}': ('gated', ours) for name, ours in ACTIVATIONS.items()},
   'gated-gelu': ('gated', 'gelu_tanh'),
 }
+MOST_LAYERS = 10_000
 DTYPES = ('float32', 'bfloat16', 'float16')
 SOFTCAPS = {
   'attn_logit_softcapping': 'attention_softcap',
@@ -117,7 +118,7 @@ def _text_part(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _read_decoder(read: Fields, family: Family) -> dict[str, Any]:
   width = read.size('hidden_size')
   heads = read.size('num_attention_heads')
-  depth = read.size('num_hidden_layers')
+  depth = read.size('num_hidden_layers', most=MOST_LAYERS)
   head_dim = read.size('head_dim', null=None)
   if head_dim is None:
     if width % heads:
@@ -205,19 +206,16 @@ def _read_windows(
 def _read_encoder(read: Fields, family: Family) -> dict[str, Any]:
   del family
   heads = read.size('num_heads')
-  name = read.pop('feed_forward_proj')
-  if name not in FEED_FORWARDS:
-    read.refuse('feed_forward_proj', name, f'supported are {[*FEED_FORWARDS]}')
-  mlp, activation = FEED_FORWARDS[name]
+  mlp, activation = read.choice('feed_forward_proj', FEED_FORWARDS)
   act = read.choice('dense_act_fn', ACTIVATIONS, nullable=True)
   if act not in (None, activation):
     read.refuse('dense_act_fn', act, f'feed_forward_proj says {activation}')
   gated = read.pop('is_gated_act')
   if gated not in (None, mlp == 'gated'):
-    read.refuse('is_gated_act', gated, f'feed_forward_proj says {name}')
+    read.refuse('is_gated_act', gated, f'feed_forward_proj says {mlp}')
   return {
     'vocab_size': read.size('vocab_size'),
-    'num_layers': read.size('num_layers'),
+    'num_layers': read.size('num_layers', most=MOST_LAYERS),
     'embed_dim': read.size('d_model'),
     'num_heads': heads,
     'num_kv_heads': heads,

@@ -6,6 +6,7 @@ Small random models, saved as users get them and read by our names.
 import numpy as np
 import pytest
 
+from calm_jax.models import families
 from tests import foreign
 
 torch = pytest.importorskip('torch')
@@ -94,6 +95,10 @@ VARIANTS = {
       'sliding_window': 3,
       **SMALL_HEADS,
     },
+  ),
+  'gemma3-with_eyes': (
+    'gemma3',
+    {'sliding_window': 5, 'sliding_window_pattern': 3, **SMALL_HEADS},
   ),
   'llama-grouped_llama3': ('llama', {'rope_parameters': LLAMA3}),
   'llama-multi_query_tied_biased': (
@@ -231,6 +236,17 @@ def test_float32(name, tmp_path):
   print(f'{name}: {largest:.1e}, values up to {size:.1f}')
   assert largest <= 1e-4
 
+  # What we write is the same model to transformers.
+  fields = families.config_to(model.config, model_type=model_type)
+  assert families.config_from(fields, where='') == model.config
+  if model_type == 'gemma3':
+    return
+  again = foreign.build(fields)
+  again.load_state_dict(reference.state_dict())
+  np.testing.assert_array_equal(
+    foreign.theirs(again, tokens_BT, mask_BT), expected
+  )
+
 
 BFLOAT16 = {
   'gemma': 'gemma-full',
@@ -254,7 +270,7 @@ def test_bfloat16_is_as_near_as_theirs(family, tmp_path):
   assert saved['dtype'] == 'bfloat16'
   model, params = foreign.read(saved, tensors)
   assert model.config.dtype == model.config.param_dtype == 'bfloat16'
-  tokens_BT = np.random.default_rng(2).integers(0, foreign.VOCAB, (64, 48))
+  tokens_BT = np.random.default_rng(2).integers(0, foreign.VOCAB, (48, 32))
   mask_BT = np.ones_like(tokens_BT)
   actual = np.stack(foreign.ours(model, params, tokens_BT, mask_BT))
   other = np.stack(foreign.theirs(reference, tokens_BT, mask_BT))
