@@ -13,8 +13,9 @@ class AddedTokens:
     self.ids = {token.content: index for index, token in tokens.items()}
     patterns = []
     # The longest first: a token may begin with another.
-    for token in sorted(tokens.values(), key=lambda t: -len(t.content)):
-      pattern = f'(?P<t{self.ids[token.content]}>{re.escape(token.content)})'
+    for content, index in sorted(self.ids.items(), key=lambda i: -len(i[0])):
+      token = tokens[index]
+      pattern = f'(?P<t{index}>{re.escape(content)})'
       if token.single_word:
         pattern = rf'(?<!\w){pattern}(?!\w)'
       left, right = r'\s*' * token.lstrip, r'\s*' * token.rstrip

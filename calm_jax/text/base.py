@@ -88,6 +88,8 @@ class BaseVocabulary:
       template,
       {
         **self.settings.names,
+        'tools': None,
+        'documents': None,
         'messages': list(messages),
         'add_generation_prompt': add_generation_prompt,
         **variables,

@@ -58,7 +58,9 @@ class ByteVocabulary(base.BaseVocabulary):
     return bytes([byte]) if 0 <= byte < 256 else None
 
   def decode(self, ids: Iterable[int]) -> str:
-    text = b''.join(self.token_bytes(i) or b'' for i in ids)
+    text = b''.join(
+      b'<unk>' if i == self.unk_id else self.token_bytes(i) or b'' for i in ids
+    )
     return text.decode('utf-8', errors=self._errors)
 
   def fingerprint(self) -> str:
@@ -88,9 +90,8 @@ class ByT5Vocabulary(ByteVocabulary):
       ValueError: if the settings name a token that is not there.
     """
     self.settings = settings or Settings()
-    tokens = self.settings.added or _byt5_tokens(
-      int(self.settings.config.get('extra_ids', 125))
-    )
+    tokens = _byt5_tokens(self.settings.extra_ids(125))
+    tokens |= self.settings.added
     self._added = added_tokens.AddedTokens(tokens)
     self.size = 1 + max(258, *tokens)
     ids = self.settings.special_ids(self._added.ids.get, self.size)

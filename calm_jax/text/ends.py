@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import itertools
+import unicodedata
 
 
 def ends_of(
@@ -46,16 +47,18 @@ def ends_of(
 
 
 def _widened(text, spans):
-  """Adds to spans the characters behind them that no token claims.
+  """Adds to spans the characters behind them that a normaliser may have used.
 
-  A normaliser that composes characters counts the first of them only. White
-  space is left out: there it was dropped, and belongs to no token.
+  Where it composes characters it counts the first of them only, and where it
+  sorts the marks on a letter it counts them as they were. White space that no
+  token claims was dropped, and belongs to none.
   """
   claimed = {i for start, end in spans for i in range(start, end)}
   for start, end in spans:
-    while start < end < len(text):
-      if end in claimed or text[end].isspace():
-        break
+    while start < end < len(text) and (
+      unicodedata.combining(text[end])
+      or not (end in claimed or text[end].isspace())
+    ):
       end += 1
     yield start, end
 

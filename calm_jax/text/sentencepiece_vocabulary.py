@@ -52,7 +52,8 @@ class SentencePieceVocabulary(base.BaseVocabulary):
     self.settings = settings or Settings()
     self._processor = _processor(model, file_name)
     # Whether it puts a space before texts, and what encodes text behind tokens.
-    self._has_prefix = self._processor.encode('a', out_type=str)[0][0] == _SPACE
+    pieces = self._processor.encode('a', out_type=str)
+    self._has_prefix = ''.join(pieces).startswith(_SPACE)
     self._later = self._processor
     is_t5 = _is_t5(self.settings)
     if not is_t5 and not self.settings.flag('legacy'):
@@ -114,11 +115,11 @@ class SentencePieceVocabulary(base.BaseVocabulary):
   def _added_tokens(self, extra_ids: int) -> dict[int, tokenizers.AddedToken]:
     """Returns the tokens that are cut out of a text, by id."""
     model, settings = self._processor, self.settings
-    extra_ids = settings.config.get('extra_ids', extra_ids)
+    extra_ids = settings.extra_ids(extra_ids)
     tokens = {
       i: _special(model.id_to_piece(i))
       for i in range(self._pieces)
-      if model.is_control(i)
+      if model.is_control(i) or model.is_unknown(i)
     }
     # The last of T5's sentinels comes first.
     tokens |= {
@@ -221,6 +222,8 @@ def _special(content: str) -> tokenizers.AddedToken:
 
 def _processor(model: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
   try:
+    if not model:
+      raise ValueError('it is empty')
     return sentencepiece.SentencePieceProcessor(model_proto=model)
   except Exception as error:  # RuntimeError, or what protobuf raises.
     raise ValueError(

@@ -17,6 +17,7 @@ from calm_jax.text import files
 CONFIG_FILE = 'tokenizer_config.json'
 GENERATION_FILE = 'generation_config.json'
 ROLES = ('bos_token', 'eos_token', 'pad_token', 'unk_token')
+_MAX_EXTRA_IDS = 10_000
 _TOKEN_FLAGS = ('lstrip', 'normalized', 'rstrip', 'single_word', 'special')
 
 
@@ -56,6 +57,16 @@ class Settings:
         f'{CONFIG_FILE} has {name} = {value!r}; it must be true, false or null.'
       )
     return value
+
+  def extra_ids(self, default: int) -> int:
+    """Returns how many sentinels `<extra_id_0>`, ... there are."""
+    count = self.config.get('extra_ids', default)
+    if type(count) is not int or not 0 <= count <= _MAX_EXTRA_IDS:
+      raise ValueError(
+        f'{CONFIG_FILE} has extra_ids = {count!r}; it must be a number from 0 '
+        f'to {_MAX_EXTRA_IDS}.'
+      )
+    return count
 
   def special_ids(
     self, id_of: Callable[[str], int | None], size: int
@@ -118,7 +129,7 @@ def read_settings(directory: pathlib.Path) -> Settings:
     names=names,
     ids={role: found[0] for role, found in ids.items()},
     eos_ids=ids.get('eos_token', ()),
-    added=_added_tokens(config, directory / CONFIG_FILE),
+    added=_added_tokens(directory, config, names),
     config=config,
     model_type=model.get('model_type'),
   )
@@ -153,11 +164,18 @@ def _ids(role: str, entry: Any) -> tuple[int, ...]:
 
 
 def _added_tokens(
-  config: Mapping[str, Any], file: pathlib.Path
+  directory: pathlib.Path, config: Mapping[str, Any], names: Mapping[str, str]
 ) -> dict[int, tokenizers.AddedToken]:
-  entries = config.get('added_tokens_decoder') or {}
-  added = {}
+  """Reads `added_tokens_decoder`, or the added_tokens.json of older models."""
+  file, entries = directory / CONFIG_FILE, config.get('added_tokens_decoder')
   try:
+    if not entries:
+      file = directory / 'added_tokens.json'
+      entries = {
+        str(index): {'content': content, 'special': content in names.values()}
+        for content, index in files.read_json(file).items()
+      }
+    added = {}
     for index, entry in entries.items():
       flags = {name: entry[name] for name in _TOKEN_FLAGS if name in entry}
       if not index.isdecimal() or not entry['content']:
@@ -167,7 +185,7 @@ def _added_tokens(
       raise ValueError('a token or an id occurs twice')
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise ValueError(
-      f'added_tokens_decoder in {file} must map ids to objects with a '
-      f"'content', each once ({error}). Copy the file again from the model."
+      f'{file} must give each added token one id from 0 on, and each id one '
+      f'token ({error}). Copy the file again from the model.'
     ) from error
   return dict(sorted(added.items()))

@@ -85,6 +85,7 @@ class TokenizersVocabulary(base.BaseVocabulary):
     # like a right one. Some models have one token for this and for the end.
     ends_or_pads = {self.bos_id, self.pad_id, *self.eos_ids}
     self._visible = frozenset({self.unk_id} - ends_or_pads)
+    self._bytes = {}  # What `token_bytes` has found.
     # It would cut spaces off the spans, and is needed for nothing else.
     self._post_processor = tokenizer.post_processor
     tokenizer.post_processor = None
@@ -168,10 +169,13 @@ class TokenizersVocabulary(base.BaseVocabulary):
     )
 
   def token_bytes(self, index: int) -> bytes | None:
+    index = int(index)
     if not 0 <= index < self.size or index in self._special:
       return None
-    token = self._tokenizer.id_to_token(int(index))
-    return None if token is None else self._to_bytes(token)
+    if index not in self._bytes:
+      token = self._tokenizer.id_to_token(index)
+      self._bytes[index] = None if token is None else self._to_bytes(token)
+    return self._bytes[index]
 
   def _to_bytes(self, token: str) -> bytes:
     """Returns what the decoder makes of `token` behind another one."""
@@ -205,6 +209,10 @@ class TokenizersVocabulary(base.BaseVocabulary):
     )
 
   def fingerprint(self) -> str:
+    return self._digest
+
+  @functools.cached_property
+  def _digest(self) -> str:  # It takes seconds for 262,144 tokens.
     with self._as_read() as tokenizer:
       return self._fingerprint(json.loads(tokenizer.to_str()))
 
