@@ -55,7 +55,9 @@ class ModelSpec:
         'number_embeddings are where random weights begin; with weights ='
         " 'pretrained' they would have no effect. Leave them out."
       )
-    if self.config.vocab_size < self.vocabulary.size:
+    # Gemma 3 1B has a token for images, and no embedding for it.
+    beyond = range(self.config.vocab_size, self.vocabulary.size)
+    if any(self.vocabulary.token_bytes(i) is not None for i in beyond):
       raise ValueError(
         f'The model has vocab_size = {self.config.vocab_size}, and its'
         f' vocabulary has {self.vocabulary.size} words: some would have no'
