@@ -141,6 +141,11 @@ def test_dtypes_of_a_hugging_face_directory(stored, computed, tmp_path):
     tmp_path / 'x', dtype='float16', param_dtype='float32'
   )
   assert (spec.config.param_dtype, spec.config.dtype) == ('float32', 'float16')
+  fields = json.loads((tmp_path / 'x' / 'config.json').read_text())
+  fields['torch_dtype'] = 'bfloat16'  # whatever it says: as they are stored
+  (tmp_path / 'x' / 'config.json').write_text(json.dumps(fields))
+  spec = pretrained.pretrained_model(tmp_path / 'x')
+  assert (spec.config.param_dtype, spec.config.dtype) == (stored, 'bfloat16')
 
 
 @pytest.mark.parametrize('stack', ['loop', 'scan'])
