@@ -24,21 +24,22 @@ FLOORS = (
   'masks losses sharding vocabularies text.files text.settings'
   ' text.added_tokens text.ends text.chat_process text.chat_templates text.base'
   ' text.byte_vocabularies text.sentencepiece_vocabulary'
-  ' text.tokenizers_vocabulary',
+  ' text.tokenizers_vocabulary alignment',
   'models.layers models.config models.attention models.transformer'
   ' models.encoder models.stacking models.number_embeddings models.pretrained'
   ' models.config_fields models.rope_fields models.family_tables'
   ' models.tensor_names models.families models.directories models.weights'
   ' models.weight_files models.export',
-  'connections cross_attention composition',
-  'optimizers train_state batches prefetch data checkpoints'
-  ' metrics flops assembly run_files',
+  'connections cross_attention sources composition',
+  'optimizers train_state batches array_batches prefetch data'
+  ' feature_converters checkpoints metrics flops assembly run_files',
   'train_step decoding evaluation',
   'api evaluate infer train convert gin_setup',
 )
 # What a module may import of its own floor.
 WITHIN_A_FLOOR = {
   'sharding': '',
+  'alignment': 'vocabularies',
   'text.settings': 'text.files',
   'text.chat_templates': 'text.files',
   'text.base': 'text.chat_templates text.settings',
@@ -67,10 +68,11 @@ WITHIN_A_FLOOR = {
   'models.encoder': 'models.attention models.transformer',
   'models.stacking': 'models.transformer',
   'cross_attention': 'connections',
-  'composition': 'connections cross_attention',
+  'composition': 'connections cross_attention sources',
   'checkpoints': 'train_state',
   'run_files': 'metrics',
   'data': 'batches',
+  'array_batches': 'batches',
   'prefetch': 'batches',
   'evaluate': 'api',
   'infer': 'evaluate',
@@ -84,8 +86,8 @@ DOORWAYS = {
   'gin': {'gin_setup'},
   'absl': {'gin_setup'},
   'orbax': {'checkpoints'},
-  'seqio': {'data', 'evaluation'},
-  'tensorflow': {'data', 'evaluation'},
+  'seqio': {'data', 'feature_converters', 'evaluation'},
+  'tensorflow': {'data', 'feature_converters', 'evaluation'},
   'torch': set(),
   'transformers': set(),
 }
