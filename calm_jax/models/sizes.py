@@ -165,6 +165,11 @@ def parameters(name: str) -> int:
   return _get(name).parameters
 
 
+def model_type(name: str) -> str:
+  """Returns the family of a size, as Hugging Face names it."""
+  return _get(name).model_type
+
+
 def config(name: str) -> TransformerConfig:
   """Returns the configuration of a published model, in bfloat16.
 
