@@ -29,7 +29,7 @@ FLOORS = (
   ' models.encoder models.stacking models.number_embeddings models.pretrained'
   ' models.config_fields models.rope_fields models.family_tables'
   ' models.tensor_names models.families models.directories models.weights'
-  ' models.weight_files models.export',
+  ' models.weight_files models.export models.sizes',
   'connections cross_attention sources composition',
   'optimizers train_state batches array_batches prefetch data'
   ' feature_converters checkpoints metrics flops assembly run_files',
@@ -67,6 +67,7 @@ WITHIN_A_FLOOR = {
   ' models.rope_fields models.tensor_names',
   'models.encoder': 'models.attention models.transformer',
   'models.stacking': 'models.transformer',
+  'models.sizes': 'models.config models.families',
   'cross_attention': 'connections',
   'composition': 'connections cross_attention sources',
   'checkpoints': 'train_state',
