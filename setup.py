@@ -57,6 +57,7 @@ setuptools.setup(
     'tpu': ['jax[tpu]'],
     'gpu': ['jax[cuda12]'],
     'test': ['pytest', 'pytest-xdist', 'ruff', 'build'],
+    'hub': ['huggingface_hub'],  # load_pretrained('owner/name')
     # T5X is not on PyPI; these are what its adapter needs beside it.
     't5x': ['clu', 'fiddle'],
   },

@@ -7,13 +7,19 @@ from typing import Any, Literal
 from flax import linen as nn
 import jax
 from jax.sharding import Mesh
-import numpy as np
 
 from calm_jax import alignment, sharding, trees
 from calm_jax.array_types import Params
 from calm_jax.composition import ComposedLM
 from calm_jax.connections import CompositionConfig
-from calm_jax.models import encoder, pretrained, stacking, transformer
+from calm_jax.models import (
+  directories,
+  encoder,
+  pretrained,
+  stacking,
+  transformer,
+  weights,
+)
 from calm_jax.models.config import TransformerConfig
 from calm_jax.models.pretrained import ModelSpec
 
@@ -100,12 +106,14 @@ class Loaded:
   Attributes:
     params: nested parameters, sharded.
     fingerprint: SHA-256 of the source checkpoint and its vocabulary.
-    origin: 'pretrained' or 'random', and the path or seed, for the report.
+    origin: 'pretrained' or 'random', and the path or seed.
+    report: what was read, cast and left out, for people.
   """
 
   params: Params
   fingerprint: str
   origin: str
+  report: str = 'nothing read'
 
 
 def load(
@@ -124,7 +132,8 @@ def load(
     seed: of random weights.
 
   Raises:
-    ValueError: if names or shapes in the directory are not the model's.
+    ValueError: if names or shapes in the directory are not the model's, or its
+      weights are not finite.
   """
   boxed = jax.eval_shape(model.init_params, jax.random.key(0))
   places = sharding.param_shardings(boxed, mesh)
@@ -134,14 +143,32 @@ def load(
       trees.digests(jax.device_get(params)), spec.vocabulary.fingerprint()
     )
     return Loaded(params, fingerprint, f'random, seed {seed}')
-  tensors, fingerprint = pretrained.read_weights(spec.path)
-  loop = build_tower(spec.config)
-  wanted = nn.unbox(jax.eval_shape(loop.init_params, jax.random.key(0)))
-  trees.check_same_structure(wanted, tensors, what=str(spec.path))
+  source, fingerprint = _open(spec, model)
+  tensors = trees.unflatten(source.tensors)
   if model.stack != 'loop':
-    tensors = stacking.restack(tensors, source=loop, target=model)
-  params = place(tensors, places, dtype=spec.config.param_dtype)
-  return Loaded(params, fingerprint, f'pretrained, {spec.path.name}')
+    tensors = stacking.restack(
+      tensors,
+      source=model.clone(stack='loop'),
+      target=model,
+      stack=weights.stack,
+    )
+  dtype = spec.config.param_dtype
+  return Loaded(
+    place(tensors, places, dtype=dtype),
+    fingerprint,
+    f'pretrained, {directories.label(spec.path)}',
+    source.report(spec.path, dtype),
+  )
+
+
+def _open(
+  spec: ModelSpec, model: transformer.Tower
+) -> tuple[pretrained.Source, str]:
+  """Checks a directory and all its bytes; returns its tensors, fingerprint."""
+  loop = model.clone(stack='loop')
+  wanted = nn.unbox(jax.eval_shape(loop.init_params, jax.random.key(0)))
+  source = pretrained.open_weights(spec, trees.flatten(wanted))
+  return source, pretrained.fingerprint(spec)
 
 
 def _random_params(
@@ -162,15 +189,29 @@ def _random_params(
 
 
 def place(tensors: Any, places: Any, *, dtype: str | None = None) -> Any:
-  """Puts host arrays on the mesh, each device taking its own part."""
+  """Puts tensors or host arrays on the mesh, one after the other.
+
+  Each device takes its own part, and only that part is read.
+
+  Args:
+    tensors: tree of `weights.Tensor`s or numpy arrays.
+    places: tree of their shardings.
+    dtype: what to convert to.
+  """
 
   def one(tensor, where):
-    tensor = np.asarray(tensor)
+    tensor = weights.of_array(tensor)
+    parts = {}  # devices that hold the same part share one reading of it
+
+    def part(index):
+      if str(index) not in parts:
+        parts[str(index)] = tensor.read(index, dtype)
+      return parts[str(index)]
+
+    # Wait: else the parts of several tensors are in memory at once.
     return jax.make_array_from_callback(
-      tensor.shape,
-      where,
-      lambda index: tensor[index].astype(dtype or tensor.dtype),
-    )
+      tensor.shape, where, part
+    ).block_until_ready()
 
   return jax.tree.map(one, tensors, places)
 
@@ -190,6 +231,9 @@ def load_all(
   seed: int = 0,
 ) -> dict[str, Loaded]:
   """Loads the models of `specs`: 'anchor', and augmenting ones by name."""
+  for name, spec in specs.items():
+    if spec.weights == 'pretrained':  # all are sound, before any is placed
+      _open(spec, model.anchor if name == 'anchor' else model.augmenting[name])
   loaded = {'anchor': load(specs['anchor'], model.anchor, mesh=mesh, seed=seed)}
   for i, (name, tower) in enumerate(sorted(model.augmenting.items())):
     loaded[name] = load(specs[name], tower, mesh=mesh, seed=seed + 1 + i)

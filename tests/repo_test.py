@@ -28,12 +28,13 @@ FLOORS = (
   'models.layers models.config models.attention models.transformer'
   ' models.encoder models.stacking models.number_embeddings models.pretrained'
   ' models.config_fields models.rope_fields models.family_tables'
-  ' models.tensor_names models.families models.sizes',
+  ' models.tensor_names models.families models.directories models.weights'
+  ' models.weight_files models.export models.sizes',
   'connections cross_attention sources composition',
   'optimizers train_state batches array_batches prefetch data'
   ' feature_converters checkpoints metrics flops assembly run_files',
   'train_step decoding evaluation',
-  'api evaluate infer train gin_setup',
+  'api evaluate infer train convert gin_setup',
 )
 # What a module may import of its own floor.
 WITHIN_A_FLOOR = {
@@ -53,23 +54,30 @@ WITHIN_A_FLOOR = {
   'models.config': 'models.layers',
   'models.attention': 'models.layers models.config',
   'models.transformer': 'models.layers models.config models.attention',
-  'models.encoder': 'models.attention models.transformer',
-  'models.stacking': 'models.transformer',
-  'models.pretrained': 'models.layers models.config models.number_embeddings',
+  'models.weight_files': 'models.directories models.weights',
+  'models.export': 'models.config models.directories models.families'
+  ' models.pretrained'
+  ' models.weight_files models.weights',
+  'models.pretrained': 'models.layers models.config models.number_embeddings'
+  ' models.directories models.families models.weights'
+  ' models.weight_files models.sizes',
   'models.rope_fields': 'models.config_fields models.layers',
   'models.tensor_names': 'models.config models.family_tables',
   'models.families': 'models.config models.config_fields models.family_tables'
   ' models.rope_fields models.tensor_names',
+  'models.encoder': 'models.attention models.transformer',
+  'models.stacking': 'models.transformer',
   'models.sizes': 'models.config models.families',
   'cross_attention': 'connections',
   'composition': 'connections cross_attention sources',
   'checkpoints': 'train_state',
+  'run_files': 'metrics',
   'data': 'batches',
   'array_batches': 'batches',
   'prefetch': 'batches',
   'evaluate': 'api',
   'infer': 'evaluate',
-  'gin_setup': 'evaluate infer train',
+  'gin_setup': 'convert evaluate infer train',
 }
 # These import nothing of ours.
 NO_FLOOR = {'__init__', 'models.__init__', 'text.__init__'}
