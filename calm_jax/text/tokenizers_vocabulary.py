@@ -77,7 +77,6 @@ class TokenizersVocabulary(base.BaseVocabulary):
     self._set_split(split_special_tokens)
     tokenizer.encode_special_tokens = self.split_special_tokens
     added = tokenizer.get_added_tokens_decoder()
-    self._added = frozenset(added)
     special = {index for index, token in added.items() if token.special}
     special |= {index for index in ids.values() if index is not None}
     self._special = frozenset({*special, *self.eos_ids})
@@ -160,10 +159,7 @@ class TokenizersVocabulary(base.BaseVocabulary):
 
   def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
     encoding = self._tokenizer.encode(text, add_special_tokens=False)
-    found_whole = self._added | {self.unk_id}
-    token_bytes = [
-      None if i in found_whole else self.token_bytes(i) for i in encoding.ids
-    ]
+    token_bytes = [self.token_bytes(i) for i in encoding.ids]
     return encoding.ids, ends.ends_of(
       text, spans=encoding.offsets, token_bytes=token_bytes
     )
