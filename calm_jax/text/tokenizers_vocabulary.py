@@ -1,7 +1,6 @@
 """A Hugging Face `tokenizer.json`, through the library `tokenizers`."""
 
 from collections.abc import Iterable, Sequence
-import contextlib
 import functools
 import json
 import pathlib
@@ -85,9 +84,6 @@ class TokenizersVocabulary(base.BaseVocabulary):
     ends_or_pads = {self.bos_id, self.pad_id, *self.eos_ids}
     self._visible = frozenset({self.unk_id} - ends_or_pads)
     self._bytes = {}  # What `token_bytes` has found.
-    # It would cut spaces off the spans, and is needed for nothing else.
-    self._post_processor = tokenizer.post_processor
-    tokenizer.post_processor = None
 
   @classmethod
   def from_directory(
@@ -138,15 +134,7 @@ class TokenizersVocabulary(base.BaseVocabulary):
     directory = self._save_settings(
       directory, self._tokenizer.id_to_token, **changes
     )
-    with self._as_read() as tokenizer:
-      tokenizer.save(str(directory / TOKENIZER_FILE))
-
-  @contextlib.contextmanager
-  def _as_read(self):
-    """The tokenizer with its post-processor back in place."""
-    self._tokenizer.post_processor = self._post_processor
-    yield self._tokenizer
-    self._tokenizer.post_processor = None
+    self._tokenizer.save(str(directory / TOKENIZER_FILE))
 
   def encode(self, text: str) -> list[int]:
     return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -209,8 +197,7 @@ class TokenizersVocabulary(base.BaseVocabulary):
 
   @functools.cached_property
   def _digest(self) -> str:  # It takes seconds for 262,144 tokens.
-    with self._as_read() as tokenizer:
-      return self._fingerprint(json.loads(tokenizer.to_str()))
+    return self._fingerprint(json.loads(self._tokenizer.to_str()))
 
 
 def _read_tokenizer(file: pathlib.Path) -> tokenizers.Tokenizer:

@@ -150,7 +150,7 @@ def test_which_template_is_taken():
 def test_a_rendered_chat_has_one_bos(tmp_path):
   tokenizer, settings = tokens.llama3()
   settings['chat_template'] = (
-    '{{ bos_token }}{% if tools is not none %}{{ tools }}{% endif %}'
+    '{{ bos_token }}{% if tools is not none %}tools{% endif %}'
     '{% for m in messages %}<|start_header_id|>{{ m.role }}'
     '<|end_header_id|>\n\n{{ m.content }}<|eot_id|>{% endfor %}'
     '{% if add_generation_prompt %}<|start_header_id|>assistant'

@@ -138,17 +138,6 @@ def test_ends_around_special_tokens(load):
   assert ends[-1] == 20
 
 
-def test_ends_where_the_file_would_trim_spaces(tmp_path):
-  """Its post-processor takes spaces off the spans; no end may be moved."""
-  tokenizer, settings = tokens.qwen2()
-  tokenizer.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
-  directory = tokens.write(tmp_path, tokenizer, settings)
-  vocabulary = vocabularies.load_vocabulary(directory)
-  ids, ends = vocabulary.encode_with_ends('e\u0301   ')
-  assert [vocabulary.token_bytes(i) for i in ids[2:]] == [b'   ']
-  assert ends == [3, 3, 6]
-
-
 def test_one_token_for_the_unknown_and_the_end(tmp_path):
   """As Qwen's class has it; what ends or pads a text is not shown in it."""
   tokenizer, settings = tokens.qwen2()
