@@ -100,10 +100,16 @@ def test_the_process_has_no_files_and_no_environment(tmp_path, monkeypatch):
   for call in ("open('/etc/passwd').read()", f"open('{target}', 'w')"):
     with pytest.raises(ValueError, match='Too many open files'):
       _render(f'{{{{ {builtins}.{call} }}}}')
-  with pytest.raises(ValueError, match='Too many open files'):
-    _render(
-      f"{{{{ {builtins}['__import__']('subprocess').check_output('id') }}}}"
-    )
+  for call in (
+    "'subprocess').check_output('id')",
+    "'socket').socket()",
+    "'os').listdir('/')",
+  ):
+    with pytest.raises(ValueError, match='Too many open files'):
+      _render(f"{{{{ {builtins}['__import__']({call} }}}}")
+  # A shell that starts cannot load its libraries.
+  shell = f"'os').system('echo a > {target}')"
+  assert _render(f"{{{{ {builtins}['__import__']({shell} }}}}") != '0'
   assert not target.exists()
 
 
