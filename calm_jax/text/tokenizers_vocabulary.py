@@ -20,8 +20,8 @@ class TokenizersVocabulary(base.BaseVocabulary):
   """A Hugging Face `tokenizer.json` with its special tokens by name.
 
   It does what the file says. `transformers` does too, but for the classes that
-  it builds anew from the tokens and merges alone, such as LlamaTokenizer; there
-  the two may differ in how text after a special token begins.
+  it builds anew from tokens and merges alone, such as LlamaTokenizer: there the
+  two may differ in texts that begin with a space or behind a special token.
   """
 
   def __init__(
