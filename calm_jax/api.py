@@ -20,6 +20,7 @@ from calm_jax import (
   run_files,
   sharding,
   trees,
+  vocabularies,
 )
 from calm_jax.array_types import Array, Params
 from calm_jax.composition import ComposedLM
@@ -146,9 +147,8 @@ class Model:
   ) -> tuple[list[list[int]], dict[str, list[alignment.Reading]]]:
     """Returns the prompts' ids, and what models of another vocabulary read."""
     if not self.readers:
-      bos = [] if self.vocabulary.bos_id is None else [self.vocabulary.bos_id]
       rows = self.vocabulary.encode_batch(list(prompts))
-      return [bos + row for row in rows], {}
+      return [vocabularies.with_bos(self.vocabulary, row) for row in rows], {}
     begun = [alignment.begin(self.vocabulary, text) for text in prompts]
     return [ids for ids, _ in begun], {
       name: [
@@ -169,7 +169,7 @@ class Model:
     return decoding.make_generate(
       self.composed,
       max_new_tokens=max_new_tokens,
-      eos_id=self.vocabulary.eos_id,
+      eos_ids=self.vocabulary.eos_ids,
       readers=self.readers,
     )
 
