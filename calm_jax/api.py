@@ -41,6 +41,7 @@ class Model:
     fingerprints: SHA-256 of each frozen model by name.
     mesh: where the parameters are.
     readers: how each augmenting model with a vocabulary of its own reads.
+    report: what was read, cast and left out on loading, in a line.
   """
 
   def __init__(
@@ -59,6 +60,7 @@ class Model:
     self.fingerprints = dict(fingerprints)
     self.mesh = mesh
     self.readers = dict(readers or {})
+    self.report = ''
     self._forward = jax.jit(composed.__call__)
     self._generate = functools.cache(self._make_generate)  # by length
 
@@ -238,13 +240,15 @@ def from_spec(
   mesh = mesh or sharding.make_mesh()
   composed = ComposedLM(assembly.build_tower(spec.config))
   loaded = assembly.load(spec, composed.anchor, mesh=mesh, seed=seed)
-  return Model(
+  model = Model(
     composed,
     {'anchor': loaded.params},
     spec=spec,
     fingerprints={'anchor': loaded.fingerprint},
     mesh=mesh,
   )
+  model.report = f'{loaded.origin}; {loaded.report}'
+  return model
 
 
 def compose(
