@@ -92,6 +92,7 @@ class Model:
       raise ValueError(
         f'tokens has the shape {tokens_BT.shape}; expected [batch, length].'
       )
+    self._check_ids(tokens_BT, what='tokens')
     positions_BT = jnp.broadcast_to(
       jnp.arange(tokens_BT.shape[1]), tokens_BT.shape
     )
@@ -128,6 +129,8 @@ class Model:
     if not prompts:
       return []
     ids, readings = self._read(prompts)
+    for prompt, row in zip(prompts, ids, strict=True):
+      self._check_ids(row, what=f'The prompt {prompt[:60]!r}')
     new_ids = self._generate(max_new_tokens)(
       self.params,
       ids,
@@ -159,6 +162,16 @@ class Model:
       ]
       for name, reader in self.readers.items()
     }
+
+  def _check_ids(self, ids: Any, *, what: str) -> None:
+    """Raises ValueError for an id beyond the table, where JAX gives NaN."""
+    highest = int(np.max(ids, initial=0))
+    if highest >= self.config.vocab_size or np.min(ids, initial=0) < 0:
+      raise ValueError(
+        f'{what} has ids from {np.min(ids)} to {highest}; the embedding table'
+        f' has the rows 0 to {self.config.vocab_size - 1}. Leave out special'
+        ' tokens that this model has no embedding for.'
+      )
 
   def _check_speaks(self) -> None:
     if self.config.attention != 'causal':

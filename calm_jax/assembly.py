@@ -168,7 +168,7 @@ def _open(
   loop = model.clone(stack='loop')
   wanted = nn.unbox(jax.eval_shape(loop.init_params, jax.random.key(0)))
   source = pretrained.open_weights(spec, trees.flatten(wanted))
-  return source, spec.fingerprint
+  return source, pretrained.fingerprint(spec)
 
 
 def _random_params(

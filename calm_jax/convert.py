@@ -63,7 +63,7 @@ def convert(
   tower = assembly.build_tower(model.config)
   shapes = nn.unbox(jax.eval_shape(tower.init_params, jax.random.key(0)))
   opened = pretrained.open_weights(model, trees.flatten(shapes))
-  fingerprint = model.fingerprint  # reads, and checks, each byte
+  fingerprint = pretrained.fingerprint(model)  # reads, and checks, each byte
   print(f'{opened.report(model.path)}; fingerprint {fingerprint[:16]}')
   export.write_hugging_face(
     output,

@@ -129,7 +129,7 @@ def check_models(
   """
   expected = read_config(directory)[1]
   actual = {
-    name: spec.fingerprint
+    name: pretrained.fingerprint(spec)
     if spec.weights == 'pretrained'
     else expected.get(name, 'random')
     for name, spec in specs.items()

@@ -9,7 +9,6 @@ that `families` knows.
 
 from collections.abc import Mapping
 import dataclasses
-import functools
 import pathlib
 from typing import Any, Literal
 
@@ -64,11 +63,6 @@ class ModelSpec:
         f' vocabulary has {self.vocabulary.size} words: some would have no'
         ' embedding. Give the vocabulary that belongs to the model.'
       )
-
-  @functools.cached_property
-  def fingerprint(self) -> str:
-    """SHA-256 of the directory's weights and vocabulary; reads them once."""
-    return fingerprint(self)
 
 
 def pretrained_model(
