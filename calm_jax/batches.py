@@ -259,7 +259,7 @@ def empty_batch(
 
 def augmenting_arrays(name: str, readings: Sequence[Reading]) -> Batch:
   """Returns the arrays [B, S] of what one model reads of B unpacked rows."""
-  length = max(len(ids) for ids, _ in readings)
+  length = max(1, *(len(ids) for ids, _ in readings))
   shape = len(readings), 1
   batch = empty_batch(shape, pad_id=0, augmenting_lengths={name: length})
   batch = {key: rows for key, rows in batch.items() if key.startswith(name)}

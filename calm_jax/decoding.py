@@ -215,7 +215,7 @@ def _pad(
   prompts: Sequence[Sequence[int]], pad_id: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
   """Pads prompts on the right, to a length of few."""
-  longest = max(len(prompt) for prompt in prompts)
+  longest = max(1, *map(len, prompts))  # a model without BOS may read nothing
   return batches.pad_prompts(
     prompts, length=-(-longest // BUCKET) * BUCKET, pad_id=pad_id
   )

@@ -178,6 +178,25 @@ def test_logits_through_the_caches_are_close():
   assert all(row[:n].all() for row, n in zip(real_BC, used_B, strict=True))
 
 
+def test_an_empty_prompt_is_read_as_nothing():
+  """By models without BOS; the anchor has one, and speaks."""
+  bare = toys.PieceVocabulary(['ab', 'c'], bos=False)
+  readers = {
+    'code': alignment.Reader(WORDS, bare, anchor_size=16),
+    'texts': alignment.Reader(WORDS, bare, anchor_size=16, reads_targets=False),
+  }
+  nothing = {name: [([], [])] for name in readers}
+  assert all(
+    reader.read_prompt('', anchor_ends=[0]) == ([], [])
+    for reader in readers.values()
+  )
+  run = decoding.make_generate(
+    OnlyWords(MODEL), max_new_tokens=2, eos_ids=(), readers=readers
+  )
+  (words,) = run(PARAMS, [[WORDS.bos_id]], readings=nothing, batch_size=1)
+  assert len(words) == 2
+
+
 def test_packing_and_padding_change_no_real_logit():
   rows = [('abc', [5, 3, 1]), ('c + a', [0, 1])]
   packed = FORWARD(PARAMS, batch_of(*rows, pack=True, batch_size=1))[0]
