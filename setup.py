@@ -55,7 +55,8 @@ setuptools.setup(
   extras_require={
     'tpu': ['jax[tpu]'],
     'gpu': ['jax[cuda12]'],
-    'test': ['pytest', 'pytest-xdist', 'ruff', 'build'],
+    'quantized': ['qwix'],
+    'test': ['pytest', 'pytest-xdist', 'ruff', 'build', 'qwix'],
     # T5X is not on PyPI; these are what its adapter needs beside it.
     't5x': ['clu', 'fiddle'],
   },

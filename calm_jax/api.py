@@ -15,6 +15,7 @@ from calm_jax.connections import CompositionConfig, LayerMapping
 from calm_jax.models import pretrained
 from calm_jax.models.config import TransformerConfig
 from calm_jax.models.pretrained import ModelSpec
+from calm_jax.quantization import QuantizationConfig
 from calm_jax.vocabularies import Vocabulary
 
 
@@ -156,6 +157,7 @@ def load_pretrained(
   *,
   dtype: str | None = None,
   param_dtype: str | None = None,
+  quantization: QuantizationConfig | None = None,
   mesh: Mesh | None = None,
 ) -> Model:
   """Loads a model directory.
@@ -164,9 +166,12 @@ def load_pretrained(
     path: a directory with config.json, model.safetensors and tokenizer.json.
     dtype: dtype of the computation, instead of the directory's.
     param_dtype: dtype the weights are kept in.
+    quantization: fewer bits for the matrices; see `QuantizationConfig`.
     mesh: where to put them; all devices along `data` if None.
   """
-  spec = pretrained.pretrained_model(path, dtype=dtype, param_dtype=param_dtype)
+  spec = pretrained.pretrained_model(
+    path, dtype=dtype, param_dtype=param_dtype, quantization=quantization
+  )
   return from_spec(spec, mesh=mesh)
 
 

@@ -1,7 +1,8 @@
 """From model descriptions to a composed model with its weights on the mesh."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 from typing import Any, Literal
 
 from flax import linen as nn
@@ -9,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
-from calm_jax import sharding, trees
+from calm_jax import quantization, sharding, trees
 from calm_jax.array_types import Params
 from calm_jax.composition import ComposedLM
 from calm_jax.connections import CompositionConfig
@@ -82,24 +83,37 @@ def load(
     seed: of random weights.
 
   Raises:
-    ValueError: if names or shapes in the directory are not the model's.
+    ValueError: if names or shapes in the directory are not the model's, or
+      the mesh does not divide them.
   """
-  boxed = jax.eval_shape(model.init_params, jax.random.key(0))
-  places = sharding.param_shardings(boxed, mesh)
+  places = _places(spec, model, mesh)
+  keep = functools.partial(quantization.quantize_leaf, spec.quantization)
+  kept = f', as {spec.quantization.kind}' if spec.quantization else ''
   if spec.weights == 'random':
     params = _random_params(spec, model, seed=seed, places=places)
     fingerprint = trees.fingerprint(
       trees.digests(jax.device_get(params)), spec.vocabulary.fingerprint()
     )
-    return Loaded(params, fingerprint, f'random, seed {seed}')
+    params = jax.tree_util.tree_map_with_path(
+      lambda path, leaf: keep(trees.path_name(path), leaf), params
+    )
+    return Loaded(params, fingerprint, f'random, seed {seed}{kept}')
   tensors, fingerprint = pretrained.read_weights(spec.path)
   loop = transformer.DecoderLM(spec.config)
   wanted = nn.unbox(jax.eval_shape(loop.init_params, jax.random.key(0)))
   trees.check_same_structure(wanted, tensors, what=str(spec.path))
   if model.stack != 'loop':
     tensors = transformer.restack(tensors, source=loop, target=model)
-  params = place(tensors, places, dtype=spec.config.param_dtype)
-  return Loaded(params, fingerprint, f'pretrained, {spec.path.name}')
+  params = place(tensors, places, dtype=spec.config.param_dtype, keep=keep)
+  return Loaded(params, fingerprint, f'pretrained, {spec.path.name}{kept}')
+
+
+def _places(spec: ModelSpec, model: transformer.DecoderLM, mesh: Mesh) -> Any:
+  """Returns the shardings of a model's parameters before any quantisation."""
+  boxed = jax.eval_shape(model.init_params, jax.random.key(0))
+  places = sharding.param_shardings(boxed, mesh)
+  quantization.check_places(spec.quantization, nn.unbox(boxed), places)
+  return places
 
 
 def _random_params(
@@ -119,18 +133,32 @@ def _random_params(
   return jax.jit(init, out_shardings=places)(jax.random.key(seed))
 
 
-def place(tensors: Any, places: Any, *, dtype: str | None = None) -> Any:
-  """Puts host arrays on the mesh, each device taking its own part."""
+def place(
+  tensors: Any,
+  places: Any,
+  *,
+  dtype: str | None = None,
+  keep: Callable[[str, jax.Array], Any] = lambda name, leaf: leaf,
+) -> Any:
+  """Puts host arrays on the mesh, each device taking its own part.
 
-  def one(tensor, where):
+  Args:
+    tensors: nested arrays.
+    places: their shardings.
+    dtype: what they become; None leaves them as they are.
+    keep: turns each leaf, once it is placed, into what stays of it.
+  """
+
+  def one(path, tensor, where):
     tensor = np.asarray(tensor)
-    return jax.make_array_from_callback(
+    leaf = jax.make_array_from_callback(
       tensor.shape,
       where,
       lambda index: tensor[index].astype(dtype or tensor.dtype),
     )
+    return keep(trees.path_name(path), leaf)
 
-  return jax.tree.map(one, tensors, places)
+  return jax.tree_util.tree_map_with_path(one, tensors, places)
 
 
 def frozen_tree(loaded: Mapping[str, Loaded]) -> dict[str, Any]:
@@ -148,6 +176,8 @@ def load_all(
   seed: int = 0,
 ) -> dict[str, Loaded]:
   """Loads the models of `specs`: 'anchor', and augmenting ones by name."""
+  for name, tower in {'anchor': model.anchor, **model.augmenting}.items():
+    _places(specs[name], tower, mesh)  # all errors before any is loaded
   loaded = {'anchor': load(specs['anchor'], model.anchor, mesh=mesh, seed=seed)}
   for i, (name, tower) in enumerate(sorted(model.augmenting.items())):
     loaded[name] = load(specs[name], tower, mesh=mesh, seed=seed + 1 + i)

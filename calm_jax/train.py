@@ -99,7 +99,7 @@ def train(
   )
   mesh = make_mesh()
   sizes = train_steps, batch_size, microbatches
-  _check(model, trainable, *sizes, embedding_noise, mesh)
+  _check(model, anchor, trainable, *sizes, embedding_noise, mesh)
   boxed = jax.eval_shape(model.init_params, jax.random.key(random_seed))
   places = sharding.param_shardings(boxed, mesh)
   limit = {'targets_per_row': targets_per_row} if targets_per_row else {}
@@ -195,6 +195,7 @@ def say(text: str) -> None:
 
 def _check(
   model: ComposedLM,
+  anchor: ModelSpec,
   trainable: str,
   train_steps: int,
   batch_size: int,
@@ -208,6 +209,11 @@ def _check(
     raise ValueError(
       f'trainable = {trainable!r} is not one of {allowed}: a run with'
       ' connections trains the composition, and one without trains the anchor.'
+    )
+  if trainable == 'anchor' and anchor.quantization is not None:
+    raise ValueError(
+      f'ANCHOR has quantization = {anchor.quantization}, and it is what is'
+      ' trained. Only frozen weights can be quantised: leave that out.'
     )
   if train_steps < 1:
     raise ValueError(f'TRAIN_STEPS = {train_steps}: it must be at least 1.')

@@ -21,7 +21,7 @@ PACKAGE = ROOT / 'calm_jax'
 # A module imports from lower floors; the table below allows the few others.
 FLOORS = (
   'array_types trees',
-  'masks losses sharding vocabularies',
+  'masks losses sharding vocabularies quantization',
   'models.layers models.config models.attention models.transformer'
   ' models.number_embeddings models.pretrained',
   'connections cross_attention composition',
@@ -54,6 +54,7 @@ DOORWAYS = {
   'orbax': {'checkpoints'},
   'seqio': {'data', 'evaluation'},
   'tensorflow': {'data', 'evaluation'},
+  'qwix': {'quantization'},
   'torch': set(),
   'transformers': set(),
 }

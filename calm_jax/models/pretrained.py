@@ -20,6 +20,7 @@ from calm_jax.array_types import Params
 from calm_jax.models.config import TransformerConfig
 from calm_jax.models.layers import RopeScaling
 from calm_jax.models.number_embeddings import NumberEmbeddings
+from calm_jax.quantization import QuantizationConfig
 
 CONFIG_FILE = 'config.json'
 WEIGHTS_FILE = 'model.safetensors'
@@ -37,6 +38,7 @@ class ModelSpec:
     weights: 'pretrained' reads `path`; 'random' initialises afresh.
     path: the model directory, or None.
     number_embeddings: what is added to a random embedding table.
+    quantization: how frozen weights are stored once loaded; None is as floats.
   """
 
   config: TransformerConfig
@@ -44,6 +46,7 @@ class ModelSpec:
   weights: Literal['pretrained', 'random'] = 'random'
   path: pathlib.Path | None = None
   number_embeddings: NumberEmbeddings | None = None
+  quantization: QuantizationConfig | None = None
 
   def __post_init__(self):
     if self.weights not in ('pretrained', 'random'):
@@ -59,6 +62,11 @@ class ModelSpec:
       raise ValueError(
         f'The model has vocab_size = {self.config.vocab_size}, and its'
         f' vocabulary has {self.vocabulary.size} words. They must be equal.'
+      )
+    if self.quantization is not None:
+      heads = self.config.num_heads * self.config.head_dim
+      self.quantization.check_widths(
+        (self.config.embed_dim, heads, self.config.mlp_dim)
       )
 
 
@@ -78,6 +86,7 @@ def pretrained_model(
   dtype: str | None = None,
   param_dtype: str | None = None,
   weights: Literal['pretrained', 'random'] = 'pretrained',
+  quantization: QuantizationConfig | None = None,
 ) -> ModelSpec:
   """Describes the model in a directory; reads no weights.
 
@@ -86,6 +95,7 @@ def pretrained_model(
     dtype: dtype of the computation, instead of the directory's.
     param_dtype: dtype the weights are stored in once loaded.
     weights: 'random' takes everything but the weights, as a control.
+    quantization: how they are stored if they are frozen.
 
   Raises:
     ValueError: if a file is missing, or holds what we do not know.
@@ -105,6 +115,7 @@ def pretrained_model(
     vocabulary=vocabularies.TokenizersVocabulary.from_directory(path),
     weights=weights,
     path=path,
+    quantization=quantization,
   )
 
 
