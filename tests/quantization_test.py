@@ -41,7 +41,7 @@ BITS = {'int8': 8, 'int4': 4, 'nf4': 4}
 HALF_STEP = {'int8': 0.5 / 127.5, 'int4': 0.5 / 7.5, 'nf4': (1 - 0.69619) / 2}
 VOCAB = 40
 ANCHOR = dataclasses.replace(
-  tiny.ANCHOR, vocab_size=VOCAB, num_layers=3, init_stddev=0.3
+  tiny.ANCHOR, vocab_size=VOCAB, num_layers=2, init_stddev=0.3
 )
 AUGMENTING = dataclasses.replace(
   tiny.AUGMENTING,
@@ -179,27 +179,28 @@ def quantized_params(model, config, **settings):
 
 
 @pytest.mark.parametrize(
-  'config, most',
+  ('config', 'most'),
   [
-    (QuantizationConfig('int8'), 3e-4),
+    (QuantizationConfig('int8'), 1e-4),
     (QuantizationConfig('int4', group_size=8), 3e-2),
     (QuantizationConfig('nf4', group_size=8), 3e-2),
-    (QuantizationConfig('int8', leaves='kernels_and_table'), 6e-4),
+    (QuantizationConfig('int8', leaves='kernels_and_table'), 2e-4),
   ],
   ids=lambda x: name_of(x) if isinstance(x, QuantizationConfig) else '',
 )
 def test_logits_change_little(config, most):
-  model = composed()
+  model = transformer.DecoderLM(ANCHOR)
+  tower, params = composition.ComposedLM(model), toys.params(model)
   batch = tiny.batch_of(tiny.tokens((4, 16)))
-  exact = jax.nn.log_softmax(tiny.logits(model, toys.params(model), batch))
-  coarse = tiny.logits(model, quantized_params(model, config), batch)
-  coarse = jax.nn.log_softmax(coarse)
+  exact, coarse = (
+    jax.nn.log_softmax(tiny.logits(tower, {'anchor': tree}, batch))
+    for tree in (params, quantization.quantize_tree(config, params))
+  )
   divergence = float(jnp.mean(jnp.sum(jnp.exp(exact) * (exact - coarse), -1)))
   assert most / 30 < divergence < most
 
 
-@pytest.mark.parametrize('tied', [True, False])
-@pytest.mark.parametrize('group_size', [None, 8])
+@pytest.mark.parametrize(('tied', 'group_size'), [(True, 8), (False, None)])
 def test_a_quantised_table_is_looked_up_and_multiplied(tied, group_size):
   model = transformer.DecoderLM(
     dataclasses.replace(ANCHOR, num_layers=1, tie_embeddings=tied)
@@ -224,9 +225,15 @@ def test_a_quantised_table_is_looked_up_and_multiplied(tied, group_size):
   )
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('stack', ['loop', 'scan'])
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize(
+  ('kind', 'stack', 'dtype'),
+  [
+    ('int8', 'loop', 'bfloat16'),
+    ('int4', 'scan', 'float32'),
+    ('nf4', 'loop', 'float32'),
+    ('nf4', 'scan', 'bfloat16'),
+  ],
+)
 def test_composed_is_the_quantised_anchor_at_step_0(kind, stack, dtype):
   """Invariant 1."""
   model = tiny.composed(
@@ -246,8 +253,9 @@ def test_composed_is_the_quantised_anchor_at_step_0(kind, stack, dtype):
   )
 
 
-@pytest.mark.parametrize('stack', ['loop', 'scan'])
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize(
+  ('kind', 'stack'), [('int8', 'scan'), ('int4', 'loop'), ('nf4', 'loop')]
+)
 def test_prefill_and_decode_equal_the_full_forward(kind, stack):
   """Invariant 4."""
   model = composed(stack)
@@ -265,8 +273,8 @@ def test_prefill_and_decode_equal_the_full_forward(kind, stack):
   tiny.assert_close(np.concatenate(parts, axis=1), expected)
 
 
-@pytest.mark.parametrize('stack', ['loop', 'scan'])
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.slow
+@pytest.mark.parametrize(('kind', 'stack'), [('int4', 'scan'), ('nf4', 'loop')])
 def test_a_composition_of_quantised_models_trains(kind, stack):
   """Invariants 5, 8 and 10: what is frozen stays, one compilation, the cost."""
   model = composed(stack)
@@ -274,18 +282,13 @@ def test_a_composition_of_quantised_models_trains(kind, stack):
   theta = {'composition': params.pop('composition')}
   frozen = jax.tree.map(jnp.asarray, params)
   before = trees.digests(jax.device_get(frozen))
-  update = optimizers.OptimizerConfig(learning_rate=1e-2, warmup_steps=0).make(
-    100
-  )
+  update = optimizers.OptimizerConfig(learning_rate=1e-2, warmup_steps=0)
+  update = update.make(100)
   state = jax.tree.map(jnp.asarray, train_state.create(theta, update, seed=0))
+  slots = {name.split('/')[0] for name in trees.flatten(state.params)}
+  assert slots == {'composition'}
   step = jax.jit(train_step.make_train_step(model, update), donate_argnums=0)
   batch = tiny.jnp_batch(tiny.batch_of(tiny.tokens((8, 8))))
-  text = step.lower(state, frozen, batch).compile().as_text()
-  plain = toys.params(model)
-  plain.pop('composition')
-  unquantised = step.lower(state, plain, batch).compile().as_text()
-  assert flops.compiled(text) == flops.compiled(unquantised)
-  step.clear_cache()
   seen = []
   for _ in range(8):
     state, measured = step(state, frozen, batch)
@@ -293,6 +296,14 @@ def test_a_composition_of_quantised_models_trains(kind, stack):
   assert seen[-1] < 0.9 * seen[0]
   assert trees.digests(jax.device_get(frozen)) == before
   assert step._cache_size() == 1
+  if stack == 'loop':
+    plain = toys.params(model)
+    del plain['composition']
+    costs = [
+      flops.compiled(step.lower(state, tree, batch).compile().as_text())
+      for tree in (frozen, plain)
+    ]
+    assert costs[0] == costs[1]
 
 
 def test_reports_count_what_the_weights_stand_for():
@@ -318,26 +329,25 @@ def load(directory, mesh, config, stack='loop'):
   return model, assembly.load(spec, model, mesh=mesh)
 
 
-@pytest.mark.parametrize('stack', ['loop', 'scan'])
+@pytest.mark.slow
 @pytest.mark.parametrize(
-  'config',
+  ('config', 'stack'),
   [
-    QuantizationConfig('int8', leaves='kernels_and_table'),
-    QuantizationConfig('int4', 8, 'kernels_and_table'),
-    QuantizationConfig('nf4', 16),
+    (QuantizationConfig('int8', leaves='kernels_and_table'), 'loop'),
+    (QuantizationConfig('int4', 8, 'kernels_and_table'), 'scan'),
+    (QuantizationConfig('nf4', 8), 'loop'),
   ],
-  ids=name_of,
+  ids=lambda x: name_of(x) if isinstance(x, QuantizationConfig) else x,
 )
 def test_eight_devices_hold_what_one_does(config, stack, tmp_path, one_device):
   """Invariant 7, and a fingerprint of the source."""
-  toys.model_directory(tmp_path, ANCHOR)
+  fingerprint = toys.model_directory(tmp_path, ANCHOR)
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
   model, sharded = load(tmp_path, mesh, config, stack)
   _, single = load(tmp_path, one_device, config, stack)
-  _, plain = load(tmp_path, one_device, None, stack)
-  assert sharded.origin == f'{plain.origin}, as {config.kind}'
-  assert sharded.fingerprint == plain.fingerprint
-  block = 'block_0' if stack == 'loop' else 'blocks_0_3'
+  assert sharded.origin.endswith(f', as {config.kind}')
+  assert sharded.fingerprint == fingerprint  # of the source, not of what stays
+  block = 'block_0' if stack == 'loop' else 'blocks_0_2'
   leaf = sharded.params[block]['mlp']['up']['kernel']
   stacked = (None,) if stack == 'scan' else ()
   grouped = 'fsdp' if config.group_size else None
