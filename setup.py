@@ -40,6 +40,7 @@ setuptools.setup(
     'flax',
     'gin-config',
     'jax',
+    'jinja2>=3.1.6',  # Older ones have holes in the sandbox.
     'matplotlib',
     'numpy',
     'optax',
@@ -55,8 +56,9 @@ setuptools.setup(
   extras_require={
     'tpu': ['jax[tpu]'],
     'gpu': ['jax[cuda12]'],
-    'quantized': ['qwix'],
     'test': ['pytest', 'pytest-xdist', 'ruff', 'build', 'qwix'],
+    'hub': ['huggingface_hub'],  # load_pretrained('owner/name')
+    'quantized': ['qwix'],  # QuantizationConfig
     # T5X is not on PyPI; these are what its adapter needs beside it.
     't5x': ['clu', 'fiddle'],
   },

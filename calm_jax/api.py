@@ -142,7 +142,7 @@ class Model:
     )
 
   def save(self, directory: str | pathlib.Path) -> None:
-    """Writes calm_config.json and composition.safetensors, nothing frozen."""
+    """Writes the composition with its config and card, nothing frozen."""
     if not self.composed.connections:
       raise ValueError(
         'This model has no composition; there is nothing to save.'
@@ -150,6 +150,7 @@ class Model:
     directory = pathlib.Path(directory)
     run_files.write_config(directory, self.composed, self.fingerprints)
     run_files.write_composition(directory, self.params['composition'])
+    run_files.write_card(directory, self.composed, self.fingerprints)
 
 
 def load_pretrained(
@@ -159,18 +160,28 @@ def load_pretrained(
   param_dtype: str | None = None,
   quantization: QuantizationConfig | None = None,
   mesh: Mesh | None = None,
+  size: str | None = None,
+  revision: str | None = None,
 ) -> Model:
-  """Loads a model directory.
+  """Loads a model directory, our own or one of Hugging Face.
 
   Args:
-    path: a directory with config.json, model.safetensors and tokenizer.json.
+    path: a directory, or a hub id like 'google/gemma-2b'; see
+      `models.pretrained.pretrained_model`.
     dtype: dtype of the computation, instead of the directory's.
-    param_dtype: dtype the weights are kept in.
+    param_dtype: dtype the weights are kept in; as stored if None.
     quantization: fewer bits for the matrices; see `QuantizationConfig`.
     mesh: where to put them; all devices along `data` if None.
+    size: what it must be, by name ('gemma_2b').
+    revision: of a hub id: a branch, a tag or a commit.
   """
   spec = pretrained.pretrained_model(
-    path, dtype=dtype, param_dtype=param_dtype, quantization=quantization
+    path,
+    dtype=dtype,
+    param_dtype=param_dtype,
+    quantization=quantization,
+    size=size,
+    revision=revision,
   )
   return from_spec(spec, mesh=mesh)
 

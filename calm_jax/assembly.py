@@ -8,13 +8,18 @@ from typing import Any, Literal
 from flax import linen as nn
 import jax
 from jax.sharding import Mesh
-import numpy as np
 
 from calm_jax import quantization, sharding, trees
 from calm_jax.array_types import Params
 from calm_jax.composition import ComposedLM
 from calm_jax.connections import CompositionConfig
-from calm_jax.models import pretrained, transformer
+from calm_jax.models import (
+  directories,
+  pretrained,
+  stacking,
+  transformer,
+  weights,
+)
 from calm_jax.models.pretrained import ModelSpec
 
 
@@ -59,12 +64,14 @@ class Loaded:
   Attributes:
     params: nested parameters, sharded.
     fingerprint: SHA-256 of the source checkpoint and its vocabulary.
-    origin: 'pretrained' or 'random', and the path or seed, for the report.
+    origin: 'pretrained' or 'random', and the path or seed.
+    report: what was read, cast and left out, for people.
   """
 
   params: Params
   fingerprint: str
   origin: str
+  report: str = 'nothing read'
 
 
 def load(
@@ -83,8 +90,8 @@ def load(
     seed: of random weights.
 
   Raises:
-    ValueError: if names or shapes in the directory are not the model's, or
-      the mesh does not divide them.
+    ValueError: if names or shapes in the directory are not the model's, its
+      weights are not finite, or the mesh does not divide them.
   """
   places = _places(spec, model, mesh)
   keep = functools.partial(quantization.quantize_leaf, spec.quantization)
@@ -98,22 +105,40 @@ def load(
       lambda path, leaf: keep(trees.path_name(path), leaf), params
     )
     return Loaded(params, fingerprint, f'random, seed {seed}{kept}')
-  tensors, fingerprint = pretrained.read_weights(spec.path)
-  loop = transformer.DecoderLM(spec.config)
-  wanted = nn.unbox(jax.eval_shape(loop.init_params, jax.random.key(0)))
-  trees.check_same_structure(wanted, tensors, what=str(spec.path))
+  source, fingerprint = _open(spec, model)
+  tensors = trees.unflatten(source.tensors)
   if model.stack != 'loop':
-    tensors = transformer.restack(tensors, source=loop, target=model)
-  params = place(tensors, places, dtype=spec.config.param_dtype, keep=keep)
-  return Loaded(params, fingerprint, f'pretrained, {spec.path.name}{kept}')
+    tensors = stacking.restack(
+      tensors,
+      source=model.clone(stack='loop'),
+      target=model,
+      stack=weights.stack,
+    )
+  dtype = spec.config.param_dtype
+  return Loaded(
+    place(tensors, places, dtype=dtype, keep=keep),
+    fingerprint,
+    f'pretrained, {directories.label(spec.path)}{kept}',
+    source.report(spec.path, dtype),
+  )
 
 
 def _places(spec: ModelSpec, model: transformer.DecoderLM, mesh: Mesh) -> Any:
-  """Returns the shardings of a model's parameters before any quantisation."""
+  """Returns where a model's parameters go; all of them can go there."""
   boxed = jax.eval_shape(model.init_params, jax.random.key(0))
   places = sharding.param_shardings(boxed, mesh)
   quantization.check_places(spec.quantization, nn.unbox(boxed), places)
   return places
+
+
+def _open(
+  spec: ModelSpec, model: transformer.DecoderLM
+) -> tuple[pretrained.Source, str]:
+  """Checks a directory and all its bytes; returns its tensors, fingerprint."""
+  loop = model.clone(stack='loop')
+  wanted = nn.unbox(jax.eval_shape(loop.init_params, jax.random.key(0)))
+  source = pretrained.open_weights(spec, trees.flatten(wanted))
+  return source, pretrained.fingerprint(spec)
 
 
 def _random_params(
@@ -140,25 +165,40 @@ def place(
   dtype: str | None = None,
   keep: Callable[[str, jax.Array], Any] = lambda name, leaf: leaf,
 ) -> Any:
-  """Puts host arrays on the mesh, each device taking its own part.
+  """Puts tensors or host arrays on the mesh, one after the other.
+
+  Each device takes its own part, and only that part is read.
 
   Args:
-    tensors: nested arrays.
-    places: their shardings.
-    dtype: what they become; None leaves them as they are.
-    keep: turns each leaf, once it is placed, into what stays of it.
+    tensors: tree of `weights.Tensor`s or numpy arrays.
+    places: tree of their shardings.
+    dtype: what to convert to.
+    keep: turns a leaf's name and array into what stays of it.
   """
 
   def one(path, tensor, where):
-    tensor = np.asarray(tensor)
-    leaf = jax.make_array_from_callback(
-      tensor.shape,
-      where,
-      lambda index: tensor[index].astype(dtype or tensor.dtype),
-    )
-    return keep(trees.path_name(path), leaf)
+    tensor = weights.of_array(tensor)
+    parts = {}  # devices that hold the same part share one reading of it
+
+    def part(index):
+      if str(index) not in parts:
+        parts[str(index)] = tensor.read(index, dtype)
+      return parts[str(index)]
+
+    leaf = jax.make_array_from_callback(tensor.shape, where, part)
+    # Wait: else the parts of several tensors are in memory at once.
+    return keep(trees.path_name(path), leaf.block_until_ready())
 
   return jax.tree_util.tree_map_with_path(one, tensors, places)
+
+
+def check_trainable(spec: ModelSpec) -> None:
+  """Raises ValueError if a model's weights are to be stored as integers."""
+  if spec.quantization is not None:
+    raise ValueError(
+      f'ANCHOR has quantization = {spec.quantization}, and it is what is'
+      ' trained. Only frozen weights can be quantised: leave that out.'
+    )
 
 
 def frozen_tree(loaded: Mapping[str, Loaded]) -> dict[str, Any]:
@@ -176,8 +216,11 @@ def load_all(
   seed: int = 0,
 ) -> dict[str, Loaded]:
   """Loads the models of `specs`: 'anchor', and augmenting ones by name."""
-  for name, tower in {'anchor': model.anchor, **model.augmenting}.items():
-    _places(specs[name], tower, mesh)  # all errors before any is loaded
+  for name, spec in specs.items():  # all are sound, before any is placed
+    tower = model.anchor if name == 'anchor' else model.augmenting[name]
+    _places(spec, tower, mesh)
+    if spec.weights == 'pretrained':
+      _open(spec, tower)
   loaded = {'anchor': load(specs['anchor'], model.anchor, mesh=mesh, seed=seed)}
   for i, (name, tower) in enumerate(sorted(model.augmenting.items())):
     loaded[name] = load(specs[name], tower, mesh=mesh, seed=seed + 1 + i)

@@ -62,12 +62,13 @@ def task_vocabulary(mixture_or_task_name: str):
 
 def register() -> None:
   """Makes known to gin what a gin file may name; more than once is fine."""
-  from calm_jax import batches, evaluate, infer, train
+  from calm_jax import batches, convert, evaluate, infer, train
 
   named = {
     'train': train.train,
     'evaluate': evaluate.evaluate,
     'infer': infer.infer,
+    'convert': convert.convert,
     'seqio_batches': seqio_batches,
     'npz_batches': batches.npz_batches,
     'task_vocabulary': task_vocabulary,
@@ -105,7 +106,7 @@ def configure(
   """Parses gin files and returns the configured entry function.
 
   Args:
-    entry: 'train', 'evaluate' or 'infer'.
+    entry: 'train', 'evaluate', 'infer' or 'convert'.
     gin_files: paths, sought as given, in `search_paths`, then in the package.
     bindings: 'NAME = value' statements, applied last.
     search_paths: folders.

@@ -8,7 +8,6 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
-import tensorboardX
 
 from calm_jax import trees
 from calm_jax.array_types import Params
@@ -119,6 +118,8 @@ class Log:
     self._peak = peak_flops()
     self._file: TextIO | None = None
     if jax.process_index() == 0:
+      import tensorboardX  # imports torch, where that is installed
+
       directory.mkdir(parents=True, exist_ok=True)
       self._file = _reopen(directory / 'metrics.jsonl', first_step)
       self._board = tensorboardX.SummaryWriter(

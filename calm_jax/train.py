@@ -30,7 +30,7 @@ from calm_jax.array_types import Params
 from calm_jax.batches import BatchIterator
 from calm_jax.composition import ComposedLM
 from calm_jax.connections import CompositionConfig
-from calm_jax.models import pretrained, transformer
+from calm_jax.models import export, stacking, weights
 from calm_jax.models.pretrained import ModelSpec
 from calm_jax.prefetch import Prefetcher
 
@@ -99,7 +99,9 @@ def train(
   )
   mesh = make_mesh()
   sizes = train_steps, batch_size, microbatches
-  _check(model, anchor, trainable, *sizes, embedding_noise, mesh)
+  _check(model, trainable, *sizes, embedding_noise, mesh)
+  if trainable == 'anchor':
+    assembly.check_trainable(anchor)
   boxed = jax.eval_shape(model.init_params, jax.random.key(random_seed))
   places = sharding.param_shardings(boxed, mesh)
   limit = {'targets_per_row': targets_per_row} if targets_per_row else {}
@@ -195,7 +197,6 @@ def say(text: str) -> None:
 
 def _check(
   model: ComposedLM,
-  anchor: ModelSpec,
   trainable: str,
   train_steps: int,
   batch_size: int,
@@ -209,11 +210,6 @@ def _check(
     raise ValueError(
       f'trainable = {trainable!r} is not one of {allowed}: a run with'
       ' connections trains the composition, and one without trains the anchor.'
-    )
-  if trainable == 'anchor' and anchor.quantization is not None:
-    raise ValueError(
-      f'ANCHOR has quantization = {anchor.quantization}, and it is what is'
-      ' trained. Only frozen weights can be quantised: leave that out.'
     )
   if train_steps < 1:
     raise ValueError(f'TRAIN_STEPS = {train_steps}: it must be at least 1.')
@@ -260,6 +256,7 @@ def _claim_directory(
   """Writes calm_config.json, or checks that random weights are as they were."""
   for name, one in loaded.items():
     say(f'{name}: {one.origin}, fingerprint {one.fingerprint[:16]}, frozen')
+    say(f'{name}: {one.report}')
   fingerprints = {name: one.fingerprint for name, one in loaded.items()}
   if (directory / run_files.CONFIG_FILE).exists():
     _, expected = run_files.read_config(directory)
@@ -296,6 +293,7 @@ def _start(
     return assembly.init_composition(model, mesh=mesh, seed=seed)
   loaded = assembly.load(anchor, model.anchor, mesh=mesh, seed=seed)
   say(f'anchor: {loaded.origin}, to be trained')
+  say(f'anchor: {loaded.report}')
   return loaded.params
 
 
@@ -311,15 +309,17 @@ def _export(
     return
   if 'composition' in trained:
     run_files.write_composition(directory, trained['composition'])
+    _, fingerprints = run_files.read_config(directory)
+    run_files.write_card(directory, model, fingerprints)
     return
-  loop = model.anchor.clone(stack='loop')
-  pretrained.write_model(
+  export.write_as_it_came(
     directory / 'model',
-    config=anchor.config,
-    params=transformer.restack(
-      trained['anchor'], source=model.anchor, target=loop
+    spec=anchor,
+    params=stacking.restack(
+      jax.tree.map(weights.of_array, trained['anchor']),
+      source=model.anchor,
+      target=model.anchor.clone(stack='loop'),
     ),
-    vocabulary=anchor.vocabulary,
     storage_dtype=export_dtype,
   )
 

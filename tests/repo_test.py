@@ -21,34 +21,66 @@ PACKAGE = ROOT / 'calm_jax'
 # A module imports from lower floors; the table below allows the few others.
 FLOORS = (
   'array_types trees',
-  'masks losses sharding vocabularies quantization',
+  'masks losses sharding quantization vocabularies text.files text.settings'
+  ' text.added_tokens text.ends text.chat_process text.chat_templates text.base'
+  ' text.byte_vocabularies text.sentencepiece_vocabulary'
+  ' text.tokenizers_vocabulary',
   'models.layers models.config models.attention models.transformer'
-  ' models.number_embeddings models.pretrained',
+  ' models.encoder models.stacking models.number_embeddings models.pretrained'
+  ' models.config_fields models.rope_fields models.family_tables'
+  ' models.tensor_names models.families models.directories models.weights'
+  ' models.weight_files models.export',
   'connections cross_attention composition',
   'optimizers train_state batches prefetch data checkpoints'
   ' metrics flops assembly run_files',
   'train_step decoding evaluation',
-  'api evaluate infer train gin_setup',
+  'api evaluate infer train convert gin_setup',
 )
 # What a module may import of its own floor.
 WITHIN_A_FLOOR = {
   'sharding': '',
+  'text.settings': 'text.files',
+  'text.chat_templates': 'text.files',
+  'text.base': 'text.chat_templates text.settings',
+  'text.byte_vocabularies': 'text.added_tokens text.base text.chat_templates'
+  ' text.settings',
+  'text.sentencepiece_vocabulary': 'text.added_tokens text.base'
+  ' text.chat_templates text.ends text.files text.settings',
+  'text.tokenizers_vocabulary': 'text.base text.chat_templates text.ends'
+  ' text.files text.settings',
+  'vocabularies': 'text.base text.byte_vocabularies text.files text.settings'
+  ' text.sentencepiece_vocabulary text.tokenizers_vocabulary',
   'models.config': 'models.layers',
   'models.attention': 'models.layers models.config',
   'models.transformer': 'models.layers models.config models.attention',
-  'models.pretrained': 'models.layers models.config models.number_embeddings',
+  'models.weight_files': 'models.directories models.weights',
+  'models.export': 'models.config models.directories models.families'
+  ' models.pretrained'
+  ' models.weight_files models.weights',
+  'models.pretrained': 'models.layers models.config models.number_embeddings'
+  ' models.directories models.families models.weights'
+  ' models.weight_files models.sizes',
+  'models.rope_fields': 'models.config_fields models.layers',
+  'models.tensor_names': 'models.config models.family_tables',
+  'models.families': 'models.config models.config_fields models.family_tables'
+  ' models.rope_fields models.tensor_names',
+  'models.encoder': 'models.attention models.transformer',
+  'models.stacking': 'models.transformer',
   'cross_attention': 'connections',
   'composition': 'connections cross_attention',
   'checkpoints': 'train_state',
+  'run_files': 'metrics',
   'data': 'batches',
   'prefetch': 'batches',
   'evaluate': 'api',
   'infer': 'evaluate',
-  'gin_setup': 'evaluate infer train',
+  'gin_setup': 'convert evaluate infer train',
 }
-NO_FLOOR = {'__init__', 'models.__init__'}  # import nothing of ours
+# These import nothing of ours.
+NO_FLOOR = {'__init__', 'models.__init__', 'text.__init__'}
 # Who may import a library at all, be it inside a function.
 DOORWAYS = {
+  'jinja2': {'text.chat_process'},
   'gin': {'gin_setup'},
   'absl': {'gin_setup'},
   'orbax': {'checkpoints'},
