@@ -7,8 +7,9 @@ nats) of the next-token distributions from those of float32 weights, over all
 positions of prompts and at their ends, where the answer begins; with
 --model_dir also for the composition trained there. Second table, on random
 weights of width 512: time of a decode step and of a forward pass, as a ratio to
-float32. The variants take turns, so that a machine whose speed drifts slows all
-alike. Needs `calm_jax[quantized]`.
+float32. The variants take turns, and the fastest of all rounds counts: on a
+machine that does other work that is the one least disturbed. Needs
+`calm_jax[quantized]`.
 """
 
 import argparse
@@ -178,7 +179,7 @@ class Timed:
 
 def speed_table(rounds: int) -> None:
   runs = {name: Timed(*settings) for name, *settings in SPEEDS}
-  for _ in range(rounds + 1):  # the first compiles
+  for _ in range(rounds + 1):  # one compiles
     for run in runs.values():
       run.go()
   print(f'\n{jax.devices()[0].device_kind}, 8 layers of width 512')
@@ -187,9 +188,9 @@ def speed_table(rounds: int) -> None:
   for name, run in runs.items():
     line = f'{name:18}{run.bytes / 1e6:7.1f}'
     for call, wide in (('decode step', 11), ('forward', 12)):
-      mine = np.array(run.seconds[call][1:])
-      ratio = np.median(mine / runs['float32'].seconds[call][1:])
-      line += f'{1e3 * np.median(mine):{wide}.1f}{ratio:11.2f}'
+      mine = min(run.seconds[call])
+      ratio = mine / min(runs['float32'].seconds[call])
+      line += f'{1e3 * mine:{wide}.1f}{ratio:11.2f}'
     print(line)
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from calm_jax import trees
+from calm_jax import sharding, trees
 from calm_jax.array_types import Array, DType
 
 # What qwix calls each kind: a dtype, or for NF4 (arXiv 2305.14314) its name.
@@ -133,7 +133,13 @@ def check_places(
       ) from error
 
 
-def dequantize(leaf: Any, dtype: DType, *, axis: int = -2) -> Array:
+def dequantize(
+  leaf: Any,
+  dtype: DType,
+  *,
+  axis: int = -2,
+  logical_axes: tuple[str | None, ...] = (),
+) -> Array:
   """Returns what a leaf stands for, as an array of `dtype`.
 
   Args:
@@ -141,10 +147,27 @@ def dequantize(leaf: Any, dtype: DType, *, axis: int = -2) -> Array:
     dtype: of the computation; products with scales are in the scales' float32.
     axis: of the inputs, along which scales are shared: -2 of a kernel
       [in, out], -1 of rows [..., D] of a table.
+    logical_axes: if given, what is split over fsdp is collected as bytes, and
+      not as floats.
   """
   if trees.is_quantized(leaf):
+    if logical_axes:
+      leaf = _gather(leaf, logical_axes)
     leaf = _each_channel(_qwix().dequantize, axis, leaf.ndim)(leaf)
   return leaf.astype(dtype)
+
+
+def _gather(leaf: Any, logical_axes: tuple[str | None, ...]) -> Any:
+  # Not every backend's collectives know numbers of 4 bits.
+  wide = jnp.uint8 if leaf.qtype == 'nf4' else jnp.int8
+
+  def one(x):
+    axes = zip(x.shape, logical_axes, strict=True)
+    return sharding.gather(x, *(None if n == 1 else a for n, a in axes))
+
+  return leaf.replace(
+    qvalue=one(leaf.qvalue.astype(wide)), scale=one(leaf.scale)
+  )
 
 
 def _qwix() -> Any:

@@ -7,6 +7,7 @@ The numbered invariants are those of docs/design.md, section 3.
 
 import dataclasses
 import functools
+import re
 import sys
 
 from flax import linen as nn
@@ -359,12 +360,16 @@ def test_eight_devices_hold_what_one_does(config, stack, tmp_path, one_device):
   tower = composition.ComposedLM(model)
   batch = tiny.batch_of(tiny.tokens((8, 6)))
   with jax.set_mesh(mesh):
-    actual = jax.jit(tower.__call__)(
-      {'anchor': sharded.params}, sharding.put_batch(batch, mesh)
-    )
+    arguments = {'anchor': sharded.params}, sharding.put_batch(batch, mesh)
+    forward = jax.jit(tower.__call__)
+    actual = forward(*arguments)
+    text = forward.lower(*arguments).compile().as_text()
   tiny.assert_close(
     actual, tiny.logits(tower, {'anchor': single.params}, batch)
   )
+  # 'up' is [32, 48]: collected over fsdp as bytes, and split over tensor.
+  collected = re.findall(r'(\w+)\[32,24\]\S* all-gather\(', text)
+  assert collected and set(collected) <= {'s8', 'u8'}
 
 
 def test_leaves_are_quantised_one_at_a_time(tmp_path, one_device, monkeypatch):

@@ -39,6 +39,7 @@ FLOORS = (
 # What a module may import of its own floor.
 WITHIN_A_FLOOR = {
   'sharding': '',
+  'quantization': 'sharding',
   'text.settings': 'text.files',
   'text.chat_templates': 'text.files',
   'text.base': 'text.chat_templates text.settings',
