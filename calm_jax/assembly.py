@@ -9,17 +9,19 @@ from flax import linen as nn
 import jax
 from jax.sharding import Mesh
 
-from calm_jax import quantization, sharding, trees
+from calm_jax import alignment, quantization, sharding, trees
 from calm_jax.array_types import Params
 from calm_jax.composition import ComposedLM
 from calm_jax.connections import CompositionConfig
 from calm_jax.models import (
   directories,
+  encoder,
   pretrained,
   stacking,
   transformer,
   weights,
 )
+from calm_jax.models.config import TransformerConfig
 from calm_jax.models.pretrained import ModelSpec
 
 
@@ -33,28 +35,69 @@ def build_model(
   """Builds the model; allocates nothing.
 
   Raises:
-    ValueError: if the mapping does not fit the depths, or the vocabularies of
-      the models differ.
+    ValueError: if the mapping does not fit the depths, or the anchor is no
+      decoder.
   """
   augmenting = augmenting or {}
-  if 'anchor' in augmenting:
-    raise ValueError("An augmenting model cannot be called 'anchor'.")
-  for name, spec in augmenting.items():
-    if spec.vocabulary.fingerprint() != anchor.vocabulary.fingerprint():
-      raise ValueError(
-        f'The augmenting model {name!r} has another vocabulary'
-        f' ({spec.vocabulary.size} words) than the anchor'
-        f' ({anchor.vocabulary.size} words). Both read the same token ids, so'
-        ' use models that share a tokenizer.'
-      )
+  reserved = {'anchor', 'decoder'} & augmenting.keys()
+  if reserved:
+    raise ValueError(
+      f'An augmenting model cannot be called {reserved.pop()!r}; choose another'
+      ' name.'
+    )
+  if anchor.config.attention != 'causal':
+    raise ValueError(
+      "The anchor has attention = 'bidirectional': an encoder cannot speak. Use"
+      ' it as augmenting model, and a decoder as anchor.'
+    )
   return ComposedLM(
     transformer.DecoderLM(anchor.config, stack=stack),
     augmenting={
-      name: transformer.DecoderLM(spec.config, stack=stack)
+      name: build_tower(spec.config, stack=stack)
       for name, spec in augmenting.items()
     },
     composition=composition,
+    own_tokens=[k for k, v in augmenting.items() if _has_own_tokens(v, anchor)],
   )
+
+
+def _has_own_tokens(augmenting: ModelSpec, anchor: ModelSpec) -> bool:
+  """Whether a model cannot just read the anchor's tokens."""
+  return (
+    augmenting.config.attention != 'causal'
+    or augmenting.vocabulary.fingerprint() != anchor.vocabulary.fingerprint()
+  )
+
+
+def build_tower(
+  config: TransformerConfig, *, stack: Literal['loop', 'scan'] = 'loop'
+) -> transformer.Tower:
+  """Builds the decoder or encoder of a configuration."""
+  is_encoder = config.attention == 'bidirectional'
+  tower = encoder.EncoderLM if is_encoder else transformer.DecoderLM
+  return tower(config, stack=stack)
+
+
+def build_readers(
+  anchor: ModelSpec,
+  augmenting: Mapping[str, ModelSpec],
+  composition: CompositionConfig | None,
+) -> dict[str, alignment.Reader]:
+  """Returns, by name, how each model with a vocabulary of its own reads.
+
+  A model that shares the anchor's vocabulary reads its tokens, and needs none.
+  """
+  return {
+    name: alignment.Reader(
+      anchor.vocabulary,
+      spec.vocabulary,
+      anchor_size=anchor.config.vocab_size,
+      reads_targets=spec.config.attention == 'causal',
+      most=composition.tokens_per_anchor_token,
+    )
+    for name, spec in augmenting.items()
+    if _has_own_tokens(spec, anchor)
+  }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +119,7 @@ class Loaded:
 
 def load(
   spec: ModelSpec,
-  model: transformer.DecoderLM,
+  model: transformer.Tower,
   *,
   mesh: Mesh,
   seed: int = 0,
@@ -123,7 +166,7 @@ def load(
   )
 
 
-def _places(spec: ModelSpec, model: transformer.DecoderLM, mesh: Mesh) -> Any:
+def _places(spec: ModelSpec, model: transformer.Tower, mesh: Mesh) -> Any:
   """Returns where a model's parameters go; all of them can go there."""
   boxed = jax.eval_shape(model.init_params, jax.random.key(0))
   places = sharding.param_shardings(boxed, mesh)
@@ -132,7 +175,7 @@ def _places(spec: ModelSpec, model: transformer.DecoderLM, mesh: Mesh) -> Any:
 
 
 def _open(
-  spec: ModelSpec, model: transformer.DecoderLM
+  spec: ModelSpec, model: transformer.Tower
 ) -> tuple[pretrained.Source, str]:
   """Checks a directory and all its bytes; returns its tensors, fingerprint."""
   loop = model.clone(stack='loop')
@@ -142,7 +185,7 @@ def _open(
 
 
 def _random_params(
-  spec: ModelSpec, model: transformer.DecoderLM, *, seed: int, places: Any
+  spec: ModelSpec, model: transformer.Tower, *, seed: int, places: Any
 ) -> Params:
   start_VD = None
   if spec.number_embeddings is not None:

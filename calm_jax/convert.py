@@ -60,7 +60,7 @@ def convert(
       )
     where, model_type = model.path, None
   output = pathlib.Path(output_dir).expanduser()
-  tower = assembly.build_model(model).anchor
+  tower = assembly.build_tower(model.config)
   shapes = nn.unbox(jax.eval_shape(tower.init_params, jax.random.key(0)))
   opened = pretrained.open_weights(model, trees.flatten(shapes))
   fingerprint = pretrained.fingerprint(model)  # reads, and checks, each byte

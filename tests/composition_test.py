@@ -3,6 +3,8 @@
 Numbers are those of docs/design.md, "Invariants".
 """
 
+import dataclasses
+
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -50,6 +52,39 @@ def test_composed_is_the_anchor_at_step_0(dtype, stack):
   np.testing.assert_array_equal(tiny.logits(model, params, batch), expected)
   trained = with_random_output(params)
   assert np.any(tiny.logits(model, trained, batch) != expected)
+
+
+@pytest.mark.parametrize(
+  ('family', 'dtype'),
+  [(name, 'float32') for name in tiny.FAMILIES] + [('gemma2', 'bfloat16')],
+)
+def test_families_mixed_begin_as_the_anchor(family, dtype):
+  """Each family as anchor of two others, each as augmenting model of two."""
+  names = [*tiny.FAMILIES]
+  start = names.index(family)
+  chosen = [names[(start + step) % len(names)] for step in (1, 4)]
+
+  def config(base, name, layers):
+    base = dataclasses.replace(tiny.with_dtype(base, dtype), num_layers=layers)
+    return dataclasses.replace(base, **tiny.FAMILIES[name])
+
+  model = tiny.composed(
+    anchor=config(tiny.ANCHOR, family, 2),
+    augmenting={name: config(tiny.AUGMENTING, name, 1) for name in chosen},
+    mapping=[tiny.connection(0, 0, name) for name in chosen],
+    output_init='zeros',
+  )
+  params = toys.params(model, zero_output=True)
+  batch = tiny.batch_of(tiny.tokens((2, 9)))
+  alone = composition.ComposedLM(model.anchor)
+  expected = tiny.logits(alone, {'anchor': params['anchor']}, batch)
+  run = jax.jit(model.__call__)
+  np.testing.assert_array_equal(run(params, batch), expected)
+  speaking = with_random_output(params)['composition']
+  for name in chosen:  # each one is heard
+    key = f'{name}_0_into_0'
+    theta = {**params['composition'], key: speaking[key]}
+    assert np.any(run({**params, 'composition': theta}, batch) != expected)
 
 
 def test_paper_setting_is_not_the_anchor_at_step_0():
@@ -138,8 +173,6 @@ def test_segments_do_not_see_each_other(dtype):
 
 @pytest.mark.parametrize('family', tiny.FAMILIES)
 def test_padding_and_packing_change_no_real_logit(family):
-  import dataclasses
-
   anchor = dataclasses.replace(tiny.ANCHOR, **tiny.FAMILIES[family])
   model = tiny.composed(anchor=anchor)
   params = toys.params(model)
@@ -170,8 +203,6 @@ def test_padding_and_packing_change_no_real_logit(family):
   + [('gemma3', 'scan'), ('qwen2', 'scan')],
 )
 def test_prefill_and_decode_equal_the_full_forward(family, stack):
-  import dataclasses
-
   anchor = dataclasses.replace(tiny.ANCHOR, **tiny.FAMILIES[family])
   model = tiny.composed(anchor=anchor, stack=stack)
   params = toys.params(model)

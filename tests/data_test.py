@@ -9,7 +9,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from calm_jax import batches, data, vocabularies
+from calm_jax import batches, data, feature_converters, vocabularies
 from calm_jax.prefetch import Prefetcher
 from tests import tokens
 
@@ -227,7 +227,7 @@ def test_feature_converter_equals_numpy(bos_token):
     lambda: iter(examples),
     output_signature=dict.fromkeys(_LENGTHS, tf.TensorSpec([None], tf.int32)),
   )
-  converter = data.PrefixLMFeatureConverter(
+  converter = feature_converters.PrefixLMFeatureConverter(
     bos_id=vocabulary.bos_id, pad_id=vocabulary.pad_id
   )
   converted = converter(dataset, _LENGTHS).batch(3).as_numpy_iterator()
@@ -244,4 +244,4 @@ def test_feature_converter_equals_numpy(bos_token):
 
 def test_feature_converter_refuses_to_pack():
   with pytest.raises(ValueError, match=r'drops id 0.*seqio_batches'):
-    data.PrefixLMFeatureConverter(pack=True)
+    feature_converters.PrefixLMFeatureConverter(pack=True)

@@ -24,15 +24,15 @@ FLOORS = (
   'masks losses sharding quantization vocabularies text.files text.settings'
   ' text.added_tokens text.ends text.chat_process text.chat_templates text.base'
   ' text.byte_vocabularies text.sentencepiece_vocabulary'
-  ' text.tokenizers_vocabulary',
+  ' text.tokenizers_vocabulary alignment',
   'models.layers models.config models.attention models.transformer'
   ' models.encoder models.stacking models.number_embeddings models.pretrained'
   ' models.config_fields models.rope_fields models.family_tables'
   ' models.tensor_names models.families models.directories models.weights'
-  ' models.weight_files models.export',
-  'connections cross_attention composition',
-  'optimizers train_state batches prefetch data checkpoints'
-  ' metrics flops assembly run_files',
+  ' models.weight_files models.export models.sizes',
+  'connections cross_attention sources composition',
+  'optimizers train_state batches array_batches prefetch data'
+  ' feature_converters checkpoints metrics flops assembly run_files',
   'train_step decoding evaluation',
   'api evaluate infer train convert gin_setup',
 )
@@ -40,6 +40,7 @@ FLOORS = (
 WITHIN_A_FLOOR = {
   'sharding': '',
   'quantization': 'sharding',
+  'alignment': 'vocabularies',
   'text.settings': 'text.files',
   'text.chat_templates': 'text.files',
   'text.base': 'text.chat_templates text.settings',
@@ -67,11 +68,13 @@ WITHIN_A_FLOOR = {
   ' models.rope_fields models.tensor_names',
   'models.encoder': 'models.attention models.transformer',
   'models.stacking': 'models.transformer',
+  'models.sizes': 'models.config models.families',
   'cross_attention': 'connections',
-  'composition': 'connections cross_attention',
+  'composition': 'connections cross_attention sources',
   'checkpoints': 'train_state',
   'run_files': 'metrics',
   'data': 'batches',
+  'array_batches': 'batches',
   'prefetch': 'batches',
   'evaluate': 'api',
   'infer': 'evaluate',
@@ -85,8 +88,8 @@ DOORWAYS = {
   'gin': {'gin_setup'},
   'absl': {'gin_setup'},
   'orbax': {'checkpoints'},
-  'seqio': {'data', 'evaluation'},
-  'tensorflow': {'data', 'evaluation'},
+  'seqio': {'data', 'feature_converters', 'evaluation'},
+  'tensorflow': {'data', 'feature_converters', 'evaluation'},
   'qwix': {'quantization'},
   'torch': set(),
   'transformers': set(),

@@ -1,10 +1,10 @@
 """`EncoderLM`: a bidirectional transformer, to be read as augmenting model."""
 
-import jax.numpy as jnp
+from flax import linen as nn
 
 from calm_jax.array_types import Array
 from calm_jax.models import attention
-from calm_jax.models.transformer import Tower
+from calm_jax.models.transformer import Cache, Tower
 
 
 class EncoderLM(Tower):
@@ -14,6 +14,9 @@ class EncoderLM(Tower):
   the prompt is complete; it has no cache, and never sees a target.
   """
 
+  reads_targets = False
+  whole = staticmethod(attention.Positions.bidirectional)
+
   def __call__(self, tokens_BS: Array, where: attention.Positions) -> Array:
     """Returns the normalised hidden states [B, S, E] after the last block."""
     x_BSE, _ = self.run(
@@ -21,11 +24,8 @@ class EncoderLM(Tower):
     )
     return self.final_norm(x_BSE)
 
-  def init_everything(self, tokens_BS: Array) -> Array:
-    """Touches every parameter; the method to initialise with."""
-    positions_BS = jnp.broadcast_to(
-      jnp.arange(tokens_BS.shape[1]), tokens_BS.shape
-    )
-    segment_ids_BS = jnp.ones_like(tokens_BS)
-    where = attention.Positions.bidirectional(positions_BS, segment_ids_BS)
-    return self(tokens_BS, where)
+  @nn.nowrap
+  def empty_cache(self, *, batch: int, slots: int, stop: int) -> Cache:
+    """Returns nothing: what is kept are the projected keys and values."""
+    del batch, slots, stop
+    return {}

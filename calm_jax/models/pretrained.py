@@ -16,7 +16,7 @@ import numpy as np
 
 from calm_jax import trees, vocabularies
 from calm_jax.array_types import Params
-from calm_jax.models import directories, families, weight_files
+from calm_jax.models import directories, families, sizes, weight_files
 from calm_jax.models import weights as lazy
 from calm_jax.models.config import TransformerConfig
 from calm_jax.models.layers import RopeScaling
@@ -96,7 +96,7 @@ def pretrained_model(
     param_dtype: dtype the weights are kept in once loaded.
     weights: 'random' takes everything but the weights, as a control.
     quantization: how they are stored if they are frozen.
-    size: what the directory must hold, a name in `sizes.SIZES`.
+    size: what the directory must hold, a name in `sizes.NAMES`.
     revision: of a hub id: a branch, a tag or a commit.
 
   Raises:
@@ -115,7 +115,7 @@ def pretrained_model(
     if model_type != MODEL_TYPE:
       config = _as_stored(config, stored)
   if size is not None:
-    check_size(config, size, what=str(path))
+    sizes.check(config, name=size, where=str(path))
   changes = {'dtype': dtype, 'param_dtype': param_dtype}
   changes = {name: value for name, value in changes.items() if value}
   return ModelSpec(
@@ -154,31 +154,15 @@ def read_config(file: pathlib.Path) -> tuple[str, TransformerConfig]:
     raise ValueError(f'{file}: {error}.') from error
 
 
-def check_size(config: TransformerConfig, size: str, *, what: str) -> None:
-  """Raises ValueError unless a config is one of the named sizes."""
-  from calm_jax.models import sizes
-
-  expected = sizes.named(size)
-  for field in dataclasses.fields(TransformerConfig):
-    if field.name in ('dtype', 'param_dtype', 'init_stddev'):
-      continue
-    found, wanted = (getattr(c, field.name) for c in (config, expected))
-    if found != wanted:
-      raise ValueError(
-        f'{what} is not a {size}: its {field.name} is {found!r}, that of'
-        f' {size} is {wanted!r}. Give another size, or None for any.'
-      )
-
-
 def _as_stored(
   config: TransformerConfig, stored: Mapping[str, lazy.Tensor]
 ) -> TransformerConfig:
   """Sets param_dtype to what most bytes are stored in."""
-  sizes = dict.fromkeys(weight_files.FLOATS, 0)
+  held = dict.fromkeys(weight_files.FLOATS, 0)
   for tensor in stored.values():
-    if tensor.dtype in sizes:
-      sizes[tensor.dtype] += tensor.nbytes
-  kept = max(sizes, key=sizes.get).name
+    if tensor.dtype in held:
+      held[tensor.dtype] += tensor.nbytes
+  kept = max(held, key=held.get).name
   return dataclasses.replace(config, param_dtype=kept)
 
 

@@ -214,6 +214,14 @@ class Tower(nn.Module):
       written |= new
     return states, written
 
+  def init_everything(self, tokens_BT: Array) -> Array:
+    """Touches every parameter; the method to initialise with."""
+    positions_BT = jnp.broadcast_to(
+      jnp.arange(tokens_BT.shape[1]), tokens_BT.shape
+    )
+    where = self.whole(positions_BT, jnp.ones_like(tokens_BT))
+    return self(tokens_BT, where)
+
   @nn.nowrap
   def init_params(self, rng: Array) -> Any:
     """Initialises the parameters, boxed with their logical axes."""
@@ -227,6 +235,9 @@ class DecoderLM(Tower):
   `__call__` is `embed`, `run` over all blocks, `logits`. A composed model
   calls the three itself and adds to the residual stream between runs.
   """
+
+  reads_targets = True  # as augmenting model: every generated token too
+  whole = staticmethod(attention.Positions.full)
 
   def setup(self):
     super().setup()
@@ -257,14 +268,6 @@ class DecoderLM(Tower):
       logits_BTV = self.head(x_BTD)
     cap = self.config.final_softcap
     return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
-
-  def init_everything(self, tokens_BT: Array) -> Array:
-    """Touches every parameter; the method to initialise with."""
-    positions_BT = jnp.broadcast_to(
-      jnp.arange(tokens_BT.shape[1]), tokens_BT.shape
-    )
-    where = attention.Positions.full(positions_BT, jnp.ones_like(tokens_BT))
-    return self(tokens_BT, where)
 
   @nn.nowrap
   def empty_cache(self, *, batch: int, slots: int, stop: int) -> Cache:

