@@ -59,18 +59,19 @@ def test_composed_is_the_anchor_at_step_0(dtype, stack):
   [(name, 'float32') for name in tiny.FAMILIES] + [('gemma2', 'bfloat16')],
 )
 def test_families_mixed_begin_as_the_anchor(family, dtype):
-  """Each family as anchor of two others, each as augmenting model of two."""
+  """Each family as anchor of another and of an encoder, and the other way."""
   names = [*tiny.FAMILIES]
-  start = names.index(family)
-  chosen = [names[(start + step) % len(names)] for step in (1, 4)]
+  at = names.index(family)
+  chosen = [names[(at + 4) % len(names)], [*tiny.ENCODERS][at % 2]]
+  switches = {**tiny.FAMILIES, **tiny.ENCODERS}
 
-  def config(base, name, layers):
-    base = dataclasses.replace(tiny.with_dtype(base, dtype), num_layers=layers)
-    return dataclasses.replace(base, **tiny.FAMILIES[name])
+  def config(base, name):
+    base = dataclasses.replace(tiny.with_dtype(base, dtype), num_layers=1)
+    return dataclasses.replace(base, **switches[name])
 
   model = tiny.composed(
-    anchor=config(tiny.ANCHOR, family, 2),
-    augmenting={name: config(tiny.AUGMENTING, name, 1) for name in chosen},
+    anchor=config(tiny.ANCHOR, family),
+    augmenting={name: config(tiny.AUGMENTING, name) for name in chosen},
     mapping=[tiny.connection(0, 0, name) for name in chosen],
     output_init='zeros',
   )
@@ -78,6 +79,10 @@ def test_families_mixed_begin_as_the_anchor(family, dtype):
   batch = tiny.batch_of(tiny.tokens((2, 9)))
   alone = composition.ComposedLM(model.anchor)
   expected = tiny.logits(alone, {'anchor': params['anchor']}, batch)
+  own = tiny.batch_of(tiny.tokens((2, 5), seed=1))  # of the encoder
+  for key in ('input_tokens', 'positions', 'segment_ids'):
+    batch[f'{chosen[1]}_{key}'] = own[f'decoder_{key}']
+  batch[f'{chosen[1]}_visible_from'] = np.full((2, 5), 4, np.int32)
   run = jax.jit(model.__call__)
   np.testing.assert_array_equal(run(params, batch), expected)
   speaking = with_random_output(params)['composition']

@@ -21,7 +21,7 @@ DECODER = {
   'vocab_size': VOCAB,
   'hidden_size': 32,
   'intermediate_size': 40,
-  'num_hidden_layers': 3,
+  'num_hidden_layers': 2,
   'num_attention_heads': 4,
   'num_key_value_heads': 2,
   'max_position_embeddings': 256,
@@ -31,7 +31,7 @@ ENCODER = {
   'd_model': 32,
   'd_kv': 12,
   'd_ff': 40,
-  'num_layers': 3,
+  'num_layers': 2,
   'num_heads': 4,
 }
 EYES = {

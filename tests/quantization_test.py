@@ -314,7 +314,10 @@ def test_reports_count_what_the_weights_stand_for():
   line = functools.partial(metrics.parameter_report, trainable='composition')
   assert line(quantized) == line(plain)
   least = functools.partial(
-    flops.least, model, trainable='composition', tokens=64, length=16
+    flops.least,
+    model,
+    batch=tiny.batch_of(tiny.tokens((4, 16))),
+    trainable='composition',
   )
   assert least(quantized) == least(plain)
   digests = trees.digests(quantized['anchor'])
