@@ -235,11 +235,19 @@ def place(
   return jax.tree_util.tree_map_with_path(one, tensors, places)
 
 
-def check_trainable(spec: ModelSpec) -> None:
-  """Raises ValueError if a model's weights are to be stored as integers."""
-  if spec.quantization is not None:
+def check_trainable(
+  trainable: str, model: ComposedLM, anchor: ModelSpec
+) -> None:
+  """Raises ValueError if this subtree of the model cannot be trained."""
+  allowed = ['composition'] if model.connections else ['anchor']
+  if trainable not in allowed:
     raise ValueError(
-      f'ANCHOR has quantization = {spec.quantization}, and it is what is'
+      f'trainable = {trainable!r} is not one of {allowed}: a run with'
+      ' connections trains the composition, and one without trains the anchor.'
+    )
+  if trainable == 'anchor' and anchor.quantization is not None:
+    raise ValueError(
+      f'ANCHOR has quantization = {anchor.quantization}, and it is what is'
       ' trained. Only frozen weights can be quantised: leave that out.'
     )
 
