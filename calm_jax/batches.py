@@ -163,7 +163,9 @@ class ExampleBatches:
     The third is what augmenting models with a vocabulary of their own read.
     """
     for example in self._examples:
-      prefix = [*self._bos, *example.get('inputs', ())]
+      prefix = list(example.get('inputs', ()))
+      if prefix[:1] != self._bos:  # a chat template writes BOS itself
+        prefix = self._bos + prefix
       sequence = [*prefix, *example['targets']]
       if len(sequence) < 2:
         raise ValueError(

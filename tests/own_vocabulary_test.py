@@ -109,7 +109,7 @@ def test_decoding_sees_the_tokens_that_training_saw():
     for name, reader in READERS.items()
   }
   run = decoding.make_generate(
-    OnlyWords(MODEL), max_new_tokens=steps, eos_id=None, readers=READERS
+    OnlyWords(MODEL), max_new_tokens=steps, eos_ids=(), readers=READERS
   )
   prompts = [ids for ids, _ in begun]
   assert run(PARAMS, prompts, readings=readings, batch_size=3) == expected
