@@ -56,8 +56,9 @@ setuptools.setup(
   extras_require={
     'tpu': ['jax[tpu]'],
     'gpu': ['jax[cuda12]'],
-    'test': ['pytest', 'pytest-xdist', 'ruff', 'build'],
+    'test': ['pytest', 'pytest-xdist', 'ruff', 'build', 'qwix'],
     'hub': ['huggingface_hub'],  # load_pretrained('owner/name')
+    'quantized': ['qwix'],  # QuantizationConfig
     # T5X is not on PyPI; these are what its adapter needs beside it.
     't5x': ['clu', 'fiddle'],
   },

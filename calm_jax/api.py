@@ -28,6 +28,7 @@ from calm_jax.connections import CompositionConfig, LayerMapping
 from calm_jax.models import pretrained
 from calm_jax.models.config import TransformerConfig
 from calm_jax.models.pretrained import ModelSpec
+from calm_jax.quantization import QuantizationConfig
 from calm_jax.vocabularies import Vocabulary
 
 
@@ -225,6 +226,7 @@ def load_pretrained(
   *,
   dtype: str | None = None,
   param_dtype: str | None = None,
+  quantization: QuantizationConfig | None = None,
   mesh: Mesh | None = None,
   size: str | None = None,
   revision: str | None = None,
@@ -236,12 +238,18 @@ def load_pretrained(
       `models.pretrained.pretrained_model`.
     dtype: dtype of the computation, instead of the directory's.
     param_dtype: dtype the weights are kept in; as stored if None.
+    quantization: fewer bits for the matrices; see `QuantizationConfig`.
     mesh: where to put them; all devices along `data` if None.
     size: what it must be, by name ('gemma_2b').
     revision: of a hub id: a branch, a tag or a commit.
   """
   spec = pretrained.pretrained_model(
-    path, dtype=dtype, param_dtype=param_dtype, size=size, revision=revision
+    path,
+    dtype=dtype,
+    param_dtype=param_dtype,
+    quantization=quantization,
+    size=size,
+    revision=revision,
   )
   return from_spec(spec, mesh=mesh)
 
