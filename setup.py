@@ -68,8 +68,15 @@ setuptools.setup(
     ],
     'hub': ['huggingface_hub'],  # load_pretrained('owner/name')
     'quantized': ['qwix'],  # QuantizationConfig
-    # T5X is not on PyPI; these are what its adapter needs beside it.
-    't5x': ['clu', 'fiddle'],
+    # T5X, airio and jestimator are not on PyPI; these are what they need.
+    't5x': [
+      'cached_property',
+      'clu',
+      'fiddle',
+      'grain',
+      'libcst',
+      'tensorboard',
+    ],
   },
   classifiers=[
     'Programming Language :: Python :: 3.11',

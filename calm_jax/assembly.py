@@ -121,7 +121,8 @@ def load(
   spec: ModelSpec,
   model: transformer.Tower,
   *,
-  mesh: Mesh,
+  mesh: Mesh | None = None,
+  places: Any = None,
   seed: int = 0,
 ) -> Loaded:
   """Reads or initialises one model, straight into its final sharding.
@@ -129,14 +130,16 @@ def load(
   Args:
     spec: the description.
     model: the module, with the cuts of the composed model.
-    mesh: the device mesh.
+    mesh: the device mesh, over which our table places the parameters.
+    places: a sharding for each parameter instead of a mesh.
     seed: of random weights.
 
   Raises:
     ValueError: if names or shapes in the directory are not the model's, its
       weights are not finite, or the mesh does not divide them.
   """
-  places = _places(spec, model, mesh)
+  if places is None:
+    places = _places(spec, model, mesh)
   keep = functools.partial(quantization.quantize_leaf, spec.quantization)
   kept = f', as {spec.quantization.kind}' if spec.quantization else ''
   if spec.weights == 'random':

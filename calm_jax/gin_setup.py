@@ -61,12 +61,20 @@ def task_vocabulary(mixture_or_task_name: str):
 
 def register() -> None:
   """Makes known to gin what a gin file may name; more than once is fine."""
-  from calm_jax import array_batches, convert, evaluate, infer, train
+  from calm_jax import (
+    array_batches,
+    convert,
+    evaluate,
+    import_t5x,
+    infer,
+    train,
+  )
 
   named = {
     'train': train.train,
     'evaluate': evaluate.evaluate,
     'infer': infer.infer,
+    'import_t5x': import_t5x.import_t5x,
     'convert': convert.convert,
     'seqio_batches': seqio_batches,
     'npz_batches': array_batches.npz_batches,
@@ -105,7 +113,7 @@ def configure(
   """Parses gin files and returns the configured entry function.
 
   Args:
-    entry: 'train', 'evaluate', 'infer' or 'convert'.
+    entry: 'train', 'evaluate', 'infer', 'convert' or 'import_t5x'.
     gin_files: paths, sought as given, in `search_paths`, then in the package.
     bindings: 'NAME = value' statements, applied last.
     search_paths: folders.

@@ -34,7 +34,8 @@ FLOORS = (
   'optimizers train_state batches array_batches prefetch data'
   ' feature_converters checkpoints metrics flops assembly run_files',
   'train_step decoding evaluation',
-  'api evaluate infer train convert gin_setup',
+  'api evaluate infer train convert import_t5x gin_setup',
+  'contrib.t5x',
 )
 # What a module may import of its own floor.
 WITHIN_A_FLOOR = {
@@ -78,18 +79,25 @@ WITHIN_A_FLOOR = {
   'prefetch': 'batches',
   'evaluate': 'api',
   'infer': 'evaluate',
-  'gin_setup': 'convert evaluate infer train',
+  'import_t5x': 'api',
+  'gin_setup': 'convert evaluate import_t5x infer train',
 }
 # These import nothing of ours.
-NO_FLOOR = {'__init__', 'models.__init__', 'text.__init__'}
+NO_FLOOR = {
+  '__init__',
+  'contrib.__init__',
+  'models.__init__',
+  'text.__init__',
+}
 # Who may import a library at all, be it inside a function.
 DOORWAYS = {
   'jinja2': {'text.chat_process'},
   'gin': {'gin_setup'},
   'absl': {'gin_setup'},
   'orbax': {'checkpoints'},
-  'seqio': {'data', 'feature_converters', 'evaluation'},
+  'seqio': {'data', 'feature_converters', 'evaluation', 'contrib.t5x'},
   'tensorflow': {'data', 'feature_converters', 'evaluation'},
+  't5x': {'contrib.t5x'},
   'qwix': {'quantization'},
   'torch': set(),
   'transformers': set(),
