@@ -186,7 +186,12 @@ class Embedder(nn.Module):
   def encode(self, tokens_BT: Array) -> Array:
     """Looks up tokens; Gemma multiplies by sqrt(D), rounded to `dtype`."""
     x_BTD = jnp.take(self.table_VD, tokens_BT, axis=0).astype(self.dtype)
-    return x_BTD * jnp.asarray(self.scale, self.dtype)
+    if self.scale == 1.0:
+      return x_BTD
+    # A product that something is added to may be fused with the sum, and is
+    # then not rounded. A composed model may add its own before the first block.
+    scaled_BTD = x_BTD * jnp.asarray(self.scale, self.dtype)
+    return jax.lax.optimization_barrier(scaled_BTD)
 
   def decode(self, x_BTD: Array) -> Array:
     """Multiplies by the transposed table."""

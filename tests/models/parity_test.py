@@ -156,7 +156,14 @@ VARIANTS = {
     'qwen2',
     {
       'num_key_value_heads': 4,
-      'rope_parameters': {**YARN, 'rope_theta': 1e6, 'truncate': False},
+      'head_dim': 16,
+      'rope_parameters': {
+        **YARN,
+        'rope_theta': 20.0,
+        'beta_fast': 2.0,
+        'beta_slow': 0.5,
+        'truncate': False,
+      },
     },
   ),
   'qwen3-grouped': ('qwen3', {'head_dim': 16}),
