@@ -56,8 +56,18 @@ setuptools.setup(
   extras_require={
     'tpu': ['jax[tpu]'],
     'gpu': ['jax[cuda12]'],
-    'test': ['pytest', 'pytest-xdist', 'ruff', 'build'],
+    # torch and transformers are what the models are compared with.
+    'test': [
+      'build',
+      'pytest',
+      'pytest-xdist',
+      'qwix',
+      'ruff',
+      'torch',
+      'transformers',
+    ],
     'hub': ['huggingface_hub'],  # load_pretrained('owner/name')
+    'quantized': ['qwix'],  # QuantizationConfig
     # T5X is not on PyPI; these are what its adapter needs beside it.
     't5x': ['clu', 'fiddle'],
   },

@@ -3,9 +3,10 @@
   python benchmarks/load_pretrained.py --sizes=0.1,1
 
 Writes a Llama of about so many billion parameters (bfloat16, files of at most
-1 GB), then loads it in a fresh process for each row of the table. Memory is
-the peak of RssAnon, sampled every 5 ms: pages of the mapped files are not in
-it, for the system can drop them at any time. Limit: size x 1.2 + 600 MB.
+1 GB), then loads it in a fresh process for each row of the table. Times are of
+the clock, and in brackets of all cores together. Memory is the peak of RssAnon,
+sampled every 5 ms: pages of the mapped files are not in it, for the system can
+drop them at any time. Limit: size x 1.2 + 600 MB.
 """
 
 import argparse
@@ -111,6 +112,15 @@ class Peak:
     self.bytes = max(self.bytes, anonymous())
 
 
+def now() -> tuple[float, float]:
+  """Returns seconds on the clock, and of this process on all cores."""
+  return time.perf_counter(), time.process_time()
+
+
+def between(start: tuple[float, float], stop: tuple[float, float]) -> list:
+  return [round(b - a, 2) for a, b in zip(start, stop, strict=True)]
+
+
 def load(path: str, stack: str, param_dtype: str | None, fsdp: int) -> dict:
   """Loads once in this process, and measures."""
   with Peak() as peak:
@@ -121,19 +131,17 @@ def load(path: str, stack: str, param_dtype: str | None, fsdp: int) -> dict:
 
     mesh = sharding.make_mesh(fsdp=fsdp)
     before = anonymous()
-    start = time.perf_counter()
     spec = pretrained.pretrained_model(path, param_dtype=param_dtype)
     model = assembly.build_model(spec, stack=stack)
-    described = time.perf_counter()
+    described = now()
     pretrained.fingerprint(spec)
-    hashed = time.perf_counter()
+    hashed = now()
     loaded = assembly.load(spec, model.anchor, mesh=mesh)
     jax.block_until_ready(loaded.params)
-    placed = time.perf_counter()
+    placed = now()
   return {
-    'described': described - start,
-    'hashed': hashed - described,
-    'placed': placed - hashed,
+    'hashed': between(described, hashed),
+    'placed': between(hashed, placed),
     'before': before,
     'peak': peak.bytes,
     'params': trees.num_bytes(loaded.params),
@@ -177,8 +185,8 @@ def main() -> None:
         print(
           f'| {nbytes / 2e9:.2f} B | {stack} | {param_dtype or "bfloat16"}'
           f' | {devices}'
-          f' | {got["hashed"]:.1f} s, {nbytes / got["hashed"] / 1e9:.2f} GB/s'
-          f' | {got["placed"]:.1f} s, {nbytes / got["placed"] / 1e9:.2f} GB/s'
+          f' | {got["hashed"][0]} s ({got["hashed"][1]})'
+          f' | {got["placed"][0]} s ({got["placed"][1]})'
           f' | {got["peak"] / 1e6:,.0f} MB | {limit / 1e6:,.0f} MB',
           flush=True,
         )

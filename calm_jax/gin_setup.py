@@ -20,7 +20,7 @@ from absl import app, flags, logging
 import gin
 from gin import config as gin_config
 
-from calm_jax import connections, optimizers, sharding
+from calm_jax import connections, optimizers, quantization, sharding
 from calm_jax.models import config as model_config
 from calm_jax.models import layers, number_embeddings, pretrained
 
@@ -73,6 +73,7 @@ def register() -> None:
     'task_vocabulary': task_vocabulary,
     'ModelSpec': pretrained.ModelSpec,
     'pretrained_model': pretrained.pretrained_model,
+    'QuantizationConfig': quantization.QuantizationConfig,
     'NumberEmbeddings': number_embeddings.NumberEmbeddings,
     'TransformerConfig': model_config.TransformerConfig,
     'RopeScaling': layers.RopeScaling,

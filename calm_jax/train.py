@@ -97,8 +97,8 @@ def train(
     anchor, augmenting=augmenting, composition=composition, stack=stack
   )
   mesh = make_mesh()
-  sizes = train_steps, batch_size, microbatches
-  _check(model, trainable, *sizes, embedding_noise, mesh)
+  assembly.check_trainable(trainable, model, anchor)
+  _check(train_steps, batch_size, microbatches, embedding_noise, mesh)
   boxed = jax.eval_shape(model.init_params, jax.random.key(random_seed))
   places = sharding.param_shardings(boxed, mesh)
   batches = make_batches(
@@ -193,8 +193,6 @@ def say(text: str) -> None:
 
 
 def _check(
-  model: ComposedLM,
-  trainable: str,
   train_steps: int,
   batch_size: int,
   microbatches: int,
@@ -202,12 +200,6 @@ def _check(
   mesh: Mesh,
 ) -> None:
   """Raises ValueError for settings that cannot work together."""
-  allowed = ['composition'] if model.connections else ['anchor']
-  if trainable not in allowed:
-    raise ValueError(
-      f'trainable = {trainable!r} is not one of {allowed}: a run with'
-      ' connections trains the composition, and one without trains the anchor.'
-    )
   if train_steps < 1:
     raise ValueError(f'TRAIN_STEPS = {train_steps}: it must be at least 1.')
   if embedding_noise < 0:

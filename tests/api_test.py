@@ -99,6 +99,8 @@ def test_wrong_arguments(models, tmp_path):
     anchor.generate('a1')
   with pytest.raises(ValueError, match=r'shape \(3,\); expected \[batch, leng'):
     anchor.logits([1, 2, 3])
+  with pytest.raises(ValueError, match='ids from 1 to 37; the embedding table'):
+    anchor.logits([[1, tiny.VOCAB]])
   with pytest.raises(ValueError, match='has no composition'):
     anchor.save(tmp_path)
   with pytest.raises(ValueError, match="'post' is not one of"):

@@ -21,7 +21,7 @@ PACKAGE = ROOT / 'calm_jax'
 # A module imports from lower floors; the table below allows the few others.
 FLOORS = (
   'array_types trees',
-  'masks losses sharding vocabularies text.files text.settings'
+  'masks losses sharding quantization vocabularies text.files text.settings'
   ' text.added_tokens text.ends text.chat_process text.chat_templates text.base'
   ' text.byte_vocabularies text.sentencepiece_vocabulary'
   ' text.tokenizers_vocabulary alignment',
@@ -39,6 +39,7 @@ FLOORS = (
 # What a module may import of its own floor.
 WITHIN_A_FLOOR = {
   'sharding': '',
+  'quantization': 'sharding',
   'alignment': 'vocabularies',
   'text.settings': 'text.files',
   'text.chat_templates': 'text.files',
@@ -89,6 +90,7 @@ DOORWAYS = {
   'orbax': {'checkpoints'},
   'seqio': {'data', 'feature_converters', 'evaluation'},
   'tensorflow': {'data', 'feature_converters', 'evaluation'},
+  'qwix': {'quantization'},
   'torch': set(),
   'transformers': set(),
 }

@@ -21,6 +21,7 @@ from calm_jax.models import weights as lazy
 from calm_jax.models.config import TransformerConfig
 from calm_jax.models.layers import RopeScaling
 from calm_jax.models.number_embeddings import NumberEmbeddings
+from calm_jax.quantization import QuantizationConfig
 
 MODEL_TYPE = 'calm_jax'
 
@@ -36,6 +37,7 @@ class ModelSpec:
     path: the model directory, or None.
     model_type: whose names the tensors in the directory have.
     number_embeddings: what is added to a random embedding table.
+    quantization: how frozen weights are stored once loaded; None is as floats.
   """
 
   config: TransformerConfig
@@ -44,6 +46,7 @@ class ModelSpec:
   path: pathlib.Path | None = None
   model_type: str = MODEL_TYPE
   number_embeddings: NumberEmbeddings | None = None
+  quantization: QuantizationConfig | None = None
 
   def __post_init__(self):
     if self.weights not in ('pretrained', 'random'):
@@ -63,6 +66,11 @@ class ModelSpec:
         f' vocabulary has {self.vocabulary.size} words: some would have no'
         ' embedding. Give the vocabulary that belongs to the model.'
       )
+    if self.quantization is not None:
+      heads = self.config.num_heads * self.config.head_dim
+      self.quantization.check_widths(
+        (self.config.embed_dim, heads, self.config.mlp_dim)
+      )
 
 
 def pretrained_model(
@@ -71,6 +79,7 @@ def pretrained_model(
   dtype: str | None = None,
   param_dtype: str | None = None,
   weights: Literal['pretrained', 'random'] = 'pretrained',
+  quantization: QuantizationConfig | None = None,
   size: str | None = None,
   revision: str | None = None,
 ) -> ModelSpec:
@@ -86,6 +95,7 @@ def pretrained_model(
     dtype: dtype of the computation, instead of the directory's.
     param_dtype: dtype the weights are kept in once loaded.
     weights: 'random' takes everything but the weights, as a control.
+    quantization: how they are stored if they are frozen.
     size: what the directory must hold, a name in `sizes.NAMES`.
     revision: of a hub id: a branch, a tag or a commit.
 
@@ -114,6 +124,7 @@ def pretrained_model(
     weights=weights,
     path=path,
     model_type=model_type,
+    quantization=quantization,
   )
 
 
