@@ -83,7 +83,10 @@ def _known(model_type: Any, where: str) -> Family:
     return family_tables.FAMILIES['gemma3_text']
   if isinstance(model_type, str) and model_type in family_tables.FAMILIES:
     return family_tables.FAMILIES[model_type]
-  text = f'{where}: model_type = {model_type!r} is not one of {MODEL_TYPES}.'
+  text = (
+    f'{where}: model_type = {model_type!r} is not known; expected one of'
+    f" {MODEL_TYPES}, or 'calm_jax', our own."
+  )
   if model_type == 'umt5':
     text += ' umT5 has a relative-position bias in each layer, others one.'
   close = difflib.get_close_matches(str(model_type), MODEL_TYPES, n=1)

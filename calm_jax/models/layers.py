@@ -190,7 +190,11 @@ class Embedder(nn.Module):
     """Looks up tokens; Gemma multiplies by sqrt(D), rounded to `dtype`."""
     rows = jax.tree.map(lambda x: jnp.take(x, tokens_BT, axis=0), self.table_VD)
     x_BTD = quantization.dequantize(rows, self.dtype, axis=-1)
-    return x_BTD * jnp.asarray(self.scale, self.dtype)
+    # A product that something is added to may be fused with the sum, and is
+    # then not rounded. A composed model may add its own before the first block.
+    return jax.lax.optimization_barrier(
+      x_BTD * jnp.asarray(self.scale, self.dtype)
+    )
 
   def decode(self, x_BTD: Array) -> Array:
     """Multiplies by the transposed table."""

@@ -6,8 +6,9 @@ Small random models, saved as users get them and read by our names.
 import numpy as np
 import pytest
 
+import calm_jax
 from calm_jax.models import families
-from tests import foreign
+from tests import foreign, toys
 
 torch = pytest.importorskip('torch')
 pytest.importorskip('transformers')
@@ -155,7 +156,14 @@ VARIANTS = {
     'qwen2',
     {
       'num_key_value_heads': 4,
-      'rope_parameters': {**YARN, 'rope_theta': 1e6, 'truncate': False},
+      'head_dim': 16,
+      'rope_parameters': {
+        **YARN,
+        'rope_theta': 20.0,
+        'beta_fast': 2.0,
+        'beta_slow': 0.5,
+        'truncate': False,
+      },
     },
   ),
   'qwen3-grouped': ('qwen3', {'head_dim': 16}),
@@ -289,3 +297,18 @@ def test_bfloat16_is_as_near_as_theirs(family, tmp_path):
   largest = ours.max(axes).mean() / theirs.max(axes).mean()
   print(f'{family}: largest {largest:.2f}, mean {mean:.2f} of theirs')
   assert max(mean, largest) <= 1.2
+
+
+@pytest.mark.parametrize('name', ['gemma3-with_eyes', 'qwen2-upper_windows'])
+def test_from_a_directory_to_logits(name, tmp_path):
+  """As a user goes, with several files of weights."""
+  model_type, fields = VARIANTS[name]
+  reference = foreign.make(model_type, **fields)
+  reference.save_pretrained(tmp_path, max_shard_size='10KB')
+  assert len(list(tmp_path.glob('*.safetensors'))) > 1
+  toys.vocabulary(foreign.VOCAB).save(tmp_path)
+  tokens_BT = np.random.default_rng(0).integers(0, foreign.VOCAB, (2, 20))
+  mask_BT = np.ones_like(tokens_BT)
+  actual = calm_jax.load_pretrained(tmp_path).logits(tokens_BT)
+  expected = foreign.theirs(reference, tokens_BT, mask_BT)
+  assert difference(np.asarray(actual), expected, mask_BT) <= 1e-4
