@@ -64,6 +64,7 @@ def transcribe(
   likes.pop(None, None)
   for special, like in likes.items():
     rows[special] = [] if like is None else [like]
+  rows = rows[:size]  # special tokens may have no embedding
   longest = max(map(len, rows), default=0)
   width = max(1, min(most, longest))
   tokens_VR = np.zeros((size, width), np.int32)

@@ -104,7 +104,9 @@ class Model:
     }
     for name, reader in self.readers.items():
       rows = [reader.read_tokens(row) for row in np.asarray(tokens_BT).tolist()]
+      self._check_readings(name, rows)
       batch |= batches.augmenting_arrays(name, rows)
+    self._warn_of_cuts(np.asarray(tokens_BT).tolist())
     return self._forward(self.params, batch)
 
   def generate(
@@ -132,6 +134,8 @@ class Model:
     ids, readings = self._read(prompts)
     for prompt, row in zip(prompts, ids, strict=True):
       self._check_ids(row, what=f'The prompt {prompt[:60]!r}')
+    for name, rows in readings.items():
+      self._check_readings(name, rows)
     new_ids = self._generate(max_new_tokens)(
       self.params,
       ids,
@@ -139,13 +143,7 @@ class Model:
       batch_size=batch_size or len(ids),
       pad_id=self.vocabulary.pad_id,
     )
-    for name, reader in self.readers.items():
-      cut = sum(reader.count_too_long(row) for row in new_ids)
-      if cut:
-        warnings.warn(
-          f'{cut} generated tokens stand for more tokens of {name!r} than'
-          ' tokens_per_anchor_token allows; it saw the first of each.'
-        )
+    self._warn_of_cuts(new_ids)
     return [self.vocabulary.decode(row) for row in new_ids]
 
   def _read(
@@ -165,14 +163,30 @@ class Model:
     }
 
   def _check_ids(self, ids: Any, *, what: str) -> None:
-    """Raises ValueError for an id beyond the table, where JAX gives NaN."""
-    highest = int(np.max(ids, initial=0))
-    if highest >= self.config.vocab_size or np.min(ids, initial=0) < 0:
-      raise ValueError(
-        f'{what} has ids from {np.min(ids)} to {highest}; the embedding table'
-        f' has the rows 0 to {self.config.vocab_size - 1}. Leave out special'
-        ' tokens that this model has no embedding for.'
-      )
+    """Raises ValueError for an id beyond a table, where JAX gives NaN."""
+    towers = [self.composed.anchor] + [
+      tower
+      for name, tower in self.composed.augmenting.items()
+      if name not in self.readers
+    ]
+    size = min(tower.config.vocab_size for tower in towers)
+    _check_range(ids, size, what=what)
+
+  def _check_readings(
+    self, name: str, readings: Sequence[alignment.Reading]
+  ) -> None:
+    size = self.composed.augmenting[name].config.vocab_size
+    for ids, _ in readings:
+      _check_range(ids, size, what=f'What {name!r} reads')
+
+  def _warn_of_cuts(self, rows: Sequence[Sequence[int]]) -> None:
+    for name, reader in self.readers.items():
+      cut = sum(reader.count_too_long(row) for row in rows)
+      if cut:
+        warnings.warn(
+          f'{cut} tokens stand for more tokens of {name!r} than'
+          ' tokens_per_anchor_token allows; it saw the first of each.'
+        )
 
   def _check_speaks(self) -> None:
     if self.config.attention != 'causal':
@@ -219,6 +233,16 @@ class Model:
     run_files.write_config(directory, self.composed, self.fingerprints)
     run_files.write_composition(directory, self.params['composition'])
     run_files.write_card(directory, self.composed, self.fingerprints)
+
+
+def _check_range(ids: Any, size: int, *, what: str) -> None:
+  lowest, highest = np.min(ids, initial=0), np.max(ids, initial=0)
+  if lowest < 0 or highest >= size:
+    raise ValueError(
+      f'{what} has ids from {lowest} to {highest}; the embedding table has the'
+      f' rows 0 to {size - 1}. Leave out special tokens that the model has no'
+      ' embedding for.'
+    )
 
 
 def load_pretrained(

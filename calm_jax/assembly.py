@@ -9,7 +9,7 @@ from flax import linen as nn
 import jax
 from jax.sharding import Mesh
 
-from calm_jax import alignment, quantization, sharding, trees
+from calm_jax import alignment, quantization, sharding, trees, vocabularies
 from calm_jax.array_types import Params
 from calm_jax.composition import ComposedLM
 from calm_jax.connections import CompositionConfig
@@ -63,9 +63,8 @@ def build_model(
 
 def _has_own_tokens(augmenting: ModelSpec, anchor: ModelSpec) -> bool:
   """Whether a model cannot just read the anchor's tokens."""
-  return (
-    augmenting.config.attention != 'causal'
-    or augmenting.vocabulary.fingerprint() != anchor.vocabulary.fingerprint()
+  return augmenting.config.attention != 'causal' or not (
+    vocabularies.same_tokens(anchor.vocabulary, augmenting.vocabulary)
   )
 
 
@@ -252,6 +251,12 @@ def check_trainable(
     raise ValueError(
       f'ANCHOR has quantization = {anchor.quantization}, and it is what is'
       ' trained. Only frozen weights can be quantised: leave that out.'
+    )
+  if trainable == 'anchor' and anchor.config.param_dtype != 'float32':
+    raise ValueError(
+      f'ANCHOR keeps its weights in {anchor.config.param_dtype}, in which'
+      " small updates are lost. Set pretrained_model.param_dtype = 'float32';"
+      ' train.export_dtype says in what it is written in the end.'
     )
 
 

@@ -262,7 +262,9 @@ def augmenting_arrays(name: str, readings: Sequence[Reading]) -> Batch:
   length = max(1, *(len(ids) for ids, _ in readings))
   shape = len(readings), 1
   batch = empty_batch(shape, pad_id=0, augmenting_lengths={name: length})
-  batch = {key: rows for key, rows in batch.items() if key.startswith(name)}
+  batch = {
+    key: rows for key, rows in batch.items() if key.startswith(f'{name}_')
+  }
   for row, reading in enumerate(readings):
     slots = row, slice(0, len(reading[0]))
     _place_reading(batch, name, slots, reading, 1, offset=0)

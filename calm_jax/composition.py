@@ -160,10 +160,7 @@ class ComposedLM:
     )
     noise = batch.get('decoder_embedding_noise')
     read = {
-      name: sources.from_batch(
-        batch, name, model, own_tokens=name in self.own_tokens
-      )
-      for name, model in self.augmenting.items()
+      name: sources.from_batch(batch, name, self) for name in self.augmenting
     }
     anchor = View(batch['decoder_input_tokens'], where, noise)
     x_BTD, _ = self._stream(params, anchor, read, cache=None)

@@ -42,7 +42,7 @@ def least(
   total = rows * length * (forward + backward)
   lengths = {}
   for name, tower in model.augmenting.items():
-    side = sources.side_of(batch, name)
+    side = sources.side_of(batch, name, model)
     lengths[name] = batch[f'{side}_input_tokens'].shape[1]
     stop = model.tapped_layers(name)[-1] + 1
     sizes = _block_sizes(tower, params['augmenting'][name])[:stop]

@@ -151,6 +151,7 @@ def export_composition(
   directory = pathlib.Path(directory).expanduser()
   run_files.write_config(directory, model.composed, model.fingerprints)
   run_files.write_composition(directory, theta)
+  run_files.write_card(directory, model.composed, model.fingerprints)
 
 
 def convert(

@@ -145,7 +145,12 @@ class Log:
     self._step, self._wait = self._steps[0] + 1, wait_seconds
 
   def write(
-    self, step: int, measured: Mapping[str, Any], *, wait_seconds: float
+    self,
+    step: int,
+    measured: Mapping[str, Any],
+    *,
+    wait_seconds: float,
+    skipped_examples: int = 0,
   ) -> None:
     """Logs one step, and rates since the last one logged.
 
@@ -153,6 +158,7 @@ class Log:
       step: steps made by now.
       measured: scalars of the train step.
       wait_seconds: total time spent waiting for data so far.
+      skipped_examples: how many were left out of the data so far.
 
     Raises:
       FloatingPointError: if the loss is not finite.
@@ -161,6 +167,8 @@ class Log:
     values = {f'train/{k}': float(v) for k, v in measured.items()}
     values['train/learning_rate'] = float(self._schedule(step - 1))
     values |= self._rates(step, wait_seconds)
+    if skipped_examples:
+      values['train/skipped_examples'] = float(skipped_examples)
     self.last = values
     if self._file is not None:
       self._file.write(json.dumps({'step': step, **values}) + '\n')

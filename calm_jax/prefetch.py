@@ -43,6 +43,11 @@ class Prefetcher:
     batch, self._state = item
     return batch
 
+  def report(self) -> dict:
+    """Returns the seconds waited, and how many examples were skipped so far."""
+    skipped = self._state.get('skipped', 0)
+    return {'wait_seconds': self.wait_seconds, 'skipped_examples': skipped}
+
   def state(self) -> dict:
     """Returns the position after the last batch that `next` has returned."""
     return self._state

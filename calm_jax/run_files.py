@@ -10,7 +10,7 @@ from calm_jax import metrics, trees
 from calm_jax.array_types import Params
 from calm_jax.composition import ComposedLM
 from calm_jax.connections import CompositionConfig, Connection, LayerMapping
-from calm_jax.models import pretrained, weight_files, weights
+from calm_jax.models import directories, pretrained, weight_files, weights
 
 CONFIG_FILE = 'calm_config.json'
 WEIGHTS_FILE = 'composition.safetensors'
@@ -87,12 +87,18 @@ def read_config(
       f'{directory} holds no {CONFIG_FILE}. Give the MODEL_DIR of a training'
       ' run, or a folder that Model.save has written.'
     )
-  content = json.loads(file.read_text())
-  mapping = LayerMapping.explicit(
-    [Connection(**fields) for fields in content['connections']]
-  )
-  config = CompositionConfig(mapping=mapping, **content['composition'])
-  return config, content['fingerprints']
+  content = directories.read_json(file)
+  try:
+    mapping = LayerMapping.explicit(
+      [Connection(**fields) for fields in content['connections']]
+    )
+    config = CompositionConfig(mapping=mapping, **content['composition'])
+    return config, dict(content['fingerprints'])
+  except (KeyError, TypeError) as error:
+    raise ValueError(
+      f'{file} is not what this version writes: {error}. Take it from where the'
+      ' composition was saved, or use the version that wrote it.'
+    ) from error
 
 
 def check_fingerprints(

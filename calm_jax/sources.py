@@ -6,7 +6,7 @@ that is s itself; with two, see `calm_jax.alignment`; an encoder is read
 from the last position of the prompt on.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 import dataclasses
 from typing import Any, Protocol
 
@@ -84,30 +84,43 @@ class Source:
   visible_from_BC: Array | None = None
 
 
-def side_of(batch: Mapping[str, Any], name: str) -> str:
-  """Returns the prefix of the keys that the augmenting model `name` reads."""
-  for side in (name, 'augmenting'):
+class Composed(Protocol):
+  """What a `ComposedLM` knows of its augmenting models."""
+
+  augmenting: Mapping[str, AugmentingModel]
+  own_tokens: Collection[str]
+
+
+def side_of(batch: Mapping[str, Any], name: str, composed: Composed) -> str:
+  """Returns the prefix of the keys that the augmenting model `name` reads.
+
+  Its own name; or 'augmenting', if no model has that name, and this one has a
+  vocabulary of its own, or none is said to have; or 'decoder'.
+  """
+  sides = [name]
+  shares = bool(composed.own_tokens) and name not in composed.own_tokens
+  if 'augmenting' not in composed.augmenting and not shares:
+    sides.append('augmenting')
+  for side in sides:
     if f'{side}_input_tokens' in batch:
       return side
   return 'decoder'
 
 
-def from_batch(
-  batch: Batch, name: str, model: AugmentingModel, *, own_tokens: bool
-) -> Source:
+def from_batch(batch: Batch, name: str, composed: Composed) -> Source:
   """Returns what a model reads of a batch of whole sequences.
 
   Args:
     batch: see `composition.ComposedLM.__call__`.
     name: of the augmenting model.
-    model: that model.
-    own_tokens: whether it must have tokens of its own, as its vocabulary is
-      another than the anchor's, or as it is an encoder, which would read ahead.
+    composed: what it is a part of.
 
   Raises:
-    ValueError: if it must, and has none.
+    ValueError: if the model must have tokens of its own, as its vocabulary is
+      another than the anchor's, or as it is an encoder, which would read ahead;
+      and has none.
   """
-  side = side_of(batch, name)
+  side, model = side_of(batch, name, composed), composed.augmenting[name]
   positions_BS = batch[f'{side}_positions']
   segment_ids_BS = batch[f'{side}_segment_ids']
   text_positions_BS = positions_BS
@@ -117,7 +130,7 @@ def from_batch(
       text_positions_BS = jnp.take_along_axis(
         batch['decoder_positions'], visible_from_BS, axis=1, mode='clip'
       )
-  elif own_tokens:
+  elif name in composed.own_tokens:
     raise ValueError(
       f'{name!r} reads tokens of its own: the batch needs {name}_input_tokens'
       f' and so on, and has {sorted(batch)}. An iterator makes them with the'

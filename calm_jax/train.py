@@ -171,7 +171,7 @@ def train(
           jax.block_until_ready(state.step)
           log.start(batch, feed.wait_seconds)
         if step % log_every == 0 or step == train_steps:
-          log.write(step, measured, wait_seconds=feed.wait_seconds)
+          log.write(step, measured, **feed.report())
         if step % checkpoint_every == 0 or step == train_steps:
           log.check(step, measured)  # never save a broken state
           saved.save(state, data_state=feed.state())

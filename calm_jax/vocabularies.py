@@ -128,6 +128,19 @@ def load_vocabulary(
   )
 
 
+def same_tokens(one: Vocabulary, other: Vocabulary) -> bool:
+  """Whether every id stands for the same bytes, and texts begin alike.
+
+  Names of special tokens and of padding may differ: Llama 3.2 gives a name to
+  an id that Llama 3 keeps in reserve.
+  """
+  if one.fingerprint() == other.fingerprint():
+    return True
+  return (one.size, one.bos_id) == (other.size, other.bos_id) and all(
+    one.token_bytes(i) == other.token_bytes(i) for i in range(one.size)
+  )
+
+
 def word_vocabulary(
   words: Iterable[str],
   *,

@@ -84,6 +84,13 @@ def test_each_anchor_token_is_its_bytes():
   assert transcript.tokens_VR.shape == (12, 4)  # a, b, c, de
 
 
+def test_tokens_without_an_embedding_have_no_row():
+  """As the token for images that Gemma 3 1B has no embedding for."""
+  transcript = reader(anchor_size=5).transcript
+  assert transcript.tokens_VR.shape[0] == transcript.counts_V.size == 5
+  assert transcript.of(0) == reader().transcript.of(0)
+
+
 def test_bytes_that_the_tokenizer_changes_are_cut_by_the_longest():
   """As SentencePiece does, which puts a space before what is tokenized."""
 
@@ -182,3 +189,5 @@ def test_arrays_of_unpacked_readings():
   arrays = batches.augmenting_arrays('code', [([5, 6], [0, 1]), ([7], [0])])
   np.testing.assert_array_equal(arrays['code_input_tokens'], [[5, 6], [7, 0]])
   np.testing.assert_array_equal(arrays['code_segment_ids'], [[1, 1], [1, 0]])
+  # No array of the anchor's, whose keys begin alike.
+  assert len(batches.augmenting_arrays('dec', [([5], [0])])) == 4

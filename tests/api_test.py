@@ -99,7 +99,7 @@ def test_wrong_arguments(models, tmp_path):
     anchor.generate('a1')
   with pytest.raises(ValueError, match=r'shape \(3,\); expected \[batch, leng'):
     anchor.logits([1, 2, 3])
-  with pytest.raises(ValueError, match='ids from 1 to 37; the embedding table'):
+  with pytest.raises(ValueError, match='ids from 0 to 37; the embedding table'):
     anchor.logits([[1, tiny.VOCAB]])
   with pytest.raises(ValueError, match='has no composition'):
     anchor.save(tmp_path)
@@ -225,6 +225,10 @@ def test_what_does_not_belong_together_is_refused(trained, models, tmp_path):
   file.write_bytes(content)
   with pytest.raises(ValueError, match='width 32 into num_heads = 5'):
     load(code=models['code'])
+  for broken in ({'composition': {}}, {**fields, 'connections': [{'to': 3}]}):
+    config.write_text(json.dumps(broken))
+    with pytest.raises(ValueError, match='is not what this version writes'):
+      load(code=models['code'])
   config.unlink()
   with pytest.raises(ValueError, match='holds no calm_config.json'):
     load(code=models['code'])

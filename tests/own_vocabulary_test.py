@@ -10,7 +10,14 @@ import jax
 import numpy as np
 import pytest
 
-from calm_jax import alignment, batches, composition, connections, decoding
+from calm_jax import (
+  alignment,
+  batches,
+  composition,
+  connections,
+  decoding,
+  sources,
+)
 from calm_jax.models import encoder, transformer
 from tests import tiny, toys
 
@@ -229,6 +236,26 @@ def test_an_encoder_is_silent_before_the_prompt_ends():
   last = len(WORDS.encode('abc +de'))
   np.testing.assert_array_equal(after[:last], before[:last])
   assert np.all(np.any(after[last : last + 2] != before[last : last + 2], -1))
+
+
+def test_a_model_reads_no_tokens_of_another():
+  """'augmenting' is the keys' name for all, unless a model has that name."""
+
+  class Towers:
+    augmenting = dict.fromkeys(['augmenting', 'code'])
+    own_tokens = {'augmenting'}
+
+  batch = {'augmenting_input_tokens': 0}
+  assert sources.side_of(batch, 'augmenting', Towers) == 'augmenting'
+  assert sources.side_of(batch, 'code', Towers) == 'decoder'
+  Towers.augmenting = dict.fromkeys(['math', 'code'])
+  for own, sides in (
+    ({'math'}, ('augmenting', 'decoder')),
+    ((), ('augmenting', 'augmenting')),
+  ):
+    Towers.own_tokens = own
+    read = [sources.side_of(batch, n, Towers) for n in ('math', 'code')]
+    assert tuple(read) == sides
 
 
 def test_tokens_of_ones_own_are_not_the_anchors():

@@ -22,6 +22,7 @@ from calm_jax import (
   sharding,
   train,
   trees,
+  vocabularies,
 )
 from calm_jax.models import pretrained
 from tests import tiny, toys
@@ -348,7 +349,9 @@ def test_a_model_with_another_vocabulary_needs_tokens_of_its_own(
 ):
   other = dataclasses.replace(
     donors[1],
-    vocabulary=toys.vocabulary(VOCAB, unk_token='<other>'),
+    vocabulary=vocabularies.word_vocabulary(
+      [f'b{i}' for i in range(VOCAB - 3)]
+    ),
   )
   with pytest.raises(ValueError, match="'code' reads tokens of its own"):
     run(tmp_path / 'new', (donors[0], other))

@@ -13,6 +13,20 @@ def _words():
   )
 
 
+def test_tokens_are_the_same_whatever_special_ones_are_called():
+  words = ['ab', 'c']
+  one = vocabularies.word_vocabulary(words)
+  renamed = vocabularies.word_vocabulary(words, pad_token='<reserved>')
+  assert one.fingerprint() != renamed.fingerprint()
+  assert vocabularies.same_tokens(one, renamed)
+  for other in (
+    vocabularies.word_vocabulary(['c', 'ab']),
+    vocabularies.word_vocabulary([*words, 'd']),
+    vocabularies.word_vocabulary(words, bos_token='<s>', pad_token=None),
+  ):
+    assert not vocabularies.same_tokens(one, other)
+
+
 def test_words_are_tokens_and_id_0_is_a_word():
   vocabulary = _words()
   assert vocabulary.encode('+ abc ab') == [0, 2, 1]

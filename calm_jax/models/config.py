@@ -13,7 +13,7 @@ NO_WINDOW = 2**30  # positions; further back than any sequence is long
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-  """Everything that fixes the computation of a decoder, as plain data.
+  """Everything that fixes the computation of a model, as plain data.
 
   Attributes:
     vocab_size: V.

@@ -88,9 +88,12 @@ def _from_hub(name: str, revision: str) -> pathlib.Path:
 
 
 def _is_complete(snapshot: pathlib.Path) -> bool:
-  """Whether a cached snapshot has weights: others may cache a part of one."""
+  """Whether a cached snapshot is whole: others may cache a part of one."""
   index = snapshot / 'model.safetensors.index.json'
-  if not (snapshot / CONFIG_FILE).is_file():
+  texts = ('tokenizer.json', 'tokenizer_config.json', '*.model')
+  if not (snapshot / CONFIG_FILE).is_file() or not any(
+    any(snapshot.glob(name)) for name in texts
+  ):
     return False
   if not index.is_file():
     return (snapshot / 'model.safetensors').is_file()
@@ -107,18 +110,25 @@ def label(path: pathlib.Path) -> str:
 
 
 def check_links(directory: pathlib.Path) -> None:
-  """Raises ValueError if an entry of the directory is a link out of it."""
-  for entry in directory.iterdir():
+  """Raises ValueError if what is read of the directory is a link out of it."""
+  templates = directory / 'additional_chat_templates'
+  for entry in (*directory.iterdir(), *templates.glob('*')):
     if entry.is_symlink():
-      check_contained(entry)
+      check_contained(entry, directory)
 
 
-def check_contained(file: pathlib.Path) -> None:
+def check_contained(
+  file: pathlib.Path, directory: pathlib.Path | None = None
+) -> None:
   """Raises ValueError if a file is a link to somewhere else.
 
   A hub's cache is allowed: there snapshots/<commit>/x links to ../../blobs/y.
+
+  Args:
+    file: that may be a link.
+    directory: of the model; that of the file if None.
   """
-  folder, real = file.parent.resolve(), file.resolve()
+  folder, real = (directory or file.parent).resolve(), file.resolve()
   allowed = [folder]
   model = folder.parent.parent
   if folder.parent.name == 'snapshots' and model.name.startswith('models--'):

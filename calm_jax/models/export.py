@@ -114,7 +114,7 @@ def write_hugging_face(
     vocabulary.save(directory)
   else:
     for file in sorted(source.iterdir()):
-      if file.suffix in _COPIED and file.name != weight_files.INDEX_FILE:
+      if file.suffix in _COPIED and not file.name.endswith('.index.json'):
         directories.check_contained(file)
         shutil.copyfile(file, directory / file.name)
   directories.write_json(directory / directories.CONFIG_FILE, fields)
@@ -198,6 +198,7 @@ def _set_dtype(fields: dict, tensors: Mapping[str, Tensor]) -> None:
     name = np.dtype(tensor.dtype).name
     sizes[name] = sizes.get(name, 0) + tensor.nbytes
   dtype = max(sizes, key=sizes.get)
-  names = [n for n in ('dtype', 'torch_dtype') if fields.get(n) is not None]
-  for name in names or ['torch_dtype']:
-    fields[name] = dtype
+  for part in (fields, fields.get('text_config') or {}):
+    names = [n for n in ('dtype', 'torch_dtype') if part.get(n) is not None]
+    for name in names or (['torch_dtype'] if part is fields else []):
+      part[name] = dtype

@@ -177,6 +177,10 @@ def _read_windows(
   if 'sliding_window' not in read:
     return (None,)
   window = read.size('sliding_window', null=None)
+  if 'sliding_window_size' in read:  # Gemma 2 9B says it twice
+    again = read.size('sliding_window_size', null=None)
+    if again not in (None, window):
+      read.refuse('sliding_window_size', again, f'sliding_window is {window}')
   if 'use_sliding_window' in read and not read.flag('use_sliding_window'):
     window = None
   slides = [True] * depth if window else [False] * depth

@@ -81,6 +81,7 @@ _GEMMA = {
 }
 _GEMMA_2 = {
   'query_pre_attn_scalar': 256,
+  'sliding_window_size': None,
   'sliding_window': 4096,
   'layer_types': None,
 }

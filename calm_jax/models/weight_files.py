@@ -4,7 +4,7 @@ Whoever wrote a file may be anyone: headers are checked before anything is read
 by them, and every byte passes through `digests` before it is used.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent import futures
 import functools
 import hashlib
@@ -247,6 +247,7 @@ def write_directory(
     shards[-1][name] = tensor
   if len(shards) == 1:
     write_file(directory / WEIGHTS_FILE, shards[0])
+    _remove_others(directory, {WEIGHTS_FILE})
     return
   stem = WEIGHTS_FILE.removesuffix('.safetensors')
   listed = {}
@@ -259,6 +260,14 @@ def write_directory(
     directory / INDEX_FILE,
     {'metadata': {'total_size': total}, 'weight_map': listed},
   )
+  _remove_others(directory, {INDEX_FILE, *listed.values()})
+
+
+def _remove_others(directory: pathlib.Path, kept: Collection[str]) -> None:
+  """Removes weights that were there before and would be read instead."""
+  for file in directory.glob('model*.safetensors*'):
+    if file.name not in kept:
+      file.unlink()
 
 
 def write_file(file: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:

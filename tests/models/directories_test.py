@@ -55,7 +55,10 @@ def test_what_is_not_cached_says_what_to_check(name, revision, hub):
   assert 'Check the name, the revision, the network' in str(error.value)
 
 
-@pytest.mark.parametrize('name', [None, 'config.json', 'model.safetensors'])
+@pytest.mark.parametrize(
+  'name',
+  [None, 'config.json', 'model.safetensors', 'tokenizer.json'],
+)
 def test_a_part_of_a_snapshot_is_completed(name, hub, monkeypatch):
   """As another program may have fetched the configuration alone."""
   import huggingface_hub
@@ -72,7 +75,8 @@ def test_a_part_of_a_snapshot_is_completed(name, hub, monkeypatch):
     assert asked == [True]
     return
   (hub / 'snapshots' / COMMIT / name).unlink()
-  with pytest.raises(ValueError, match=f'has no {name}|has neither {name}'):
+  (hub / 'snapshots' / COMMIT / 'tokenizer_config.json').unlink()
+  with pytest.raises(ValueError, match=f'{name}|no tokenizer'):
     pretrained.pretrained_model('owner/name')
   assert asked == [True, False]
 

@@ -169,6 +169,18 @@ def test_what_is_written_the_library_reads(tmp_path):
   assert trees.digests(again) == trees.digests(arrays)
 
 
+def test_what_was_there_before_is_not_read_instead(tmp_path):
+  """One file, then several, then one: each time what was written last."""
+  for number, limit in ((1.0, 99), (2.0, 8), (3.0, 99)):
+    arrays = {name: np.full(2, number, np.float32) for name in 'ab'}
+    tensors = {name: weights.of_array(one) for name, one in arrays.items()}
+    weight_files.write_directory(tmp_path, tensors, shard_bytes=limit)
+    read = weight_files.open_directory(tmp_path)
+    assert {name: one.read().tolist() for name, one in read.items()} == {
+      name: [number, number] for name in 'ab'
+    }
+
+
 # --- Hostile files -----------------------------------------------------------
 
 
@@ -324,6 +336,13 @@ def test_links_out_of_the_directory(name, copy, one_device, monkeypatch):
   shutil.move(copy / name, copy.parent / name)
   (copy / name).symlink_to(f'../{name}')
   refuse(copy, f'{name} is a link to .*, out of its', one_device, monkeypatch)
+
+
+def test_a_template_that_links_out(copy, one_device, monkeypatch):
+  folder = copy / 'additional_chat_templates'
+  folder.mkdir()
+  (folder / 'x.jinja').symlink_to('/etc/hostname')
+  refuse(copy, 'x.jinja is a link to .*, out of its', one_device, monkeypatch)
 
 
 def test_a_link_inside_the_directory_is_fine(one_file, one_device):
