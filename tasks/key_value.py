@@ -66,14 +66,14 @@ def _final_answer(text: str, **unused_kwargs) -> str:
   return key_value_generator.final_answer(text)
 
 
-def _register(size: str, config: key_value_tables.KeyValueConfig) -> None:
-  vocabulary = data.SeqIOVocabulary(
-    functools.partial(key_value_tables.vocabulary, config)
-  )
+def _register(
+  size: str, config: key_value_tables.KeyValueConfig, make_vocabulary, suffix
+) -> None:
+  vocabulary = data.SeqIOVocabulary(functools.partial(make_vocabulary, config))
   for name in key_value_generator.TASKS:
     scratchpad = name == 'kv_arithmetic_scratchpad'
     seqio.TaskRegistry.add(
-      f'{name}_{size}',
+      f'{name}_{size}{suffix}',
       source=_Source(name, size),
       output_features={
         'inputs': seqio.Feature(vocabulary, add_eos=False),
@@ -86,10 +86,11 @@ def _register(size: str, config: key_value_tables.KeyValueConfig) -> None:
     )
   for name, rates in key_value_generator.MIXTURES.items():
     seqio.MixtureRegistry.add(
-      f'{name}_{size}',
-      [(f'{task}_{size}', rate) for task, rate in rates.items()],
+      f'{name}_{size}{suffix}',
+      [(f'{task}_{size}{suffix}', rate) for task, rate in rates.items()],
     )
 
 
 for _size, _config in key_value_tables.SIZES.items():
-  _register(_size, _config)
+  _register(_size, _config, key_value_tables.vocabulary, '')
+  _register(_size, _config, key_value_tables.pieces_vocabulary, '_pieces')

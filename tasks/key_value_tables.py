@@ -12,10 +12,13 @@ by their purpose.
 from collections.abc import Sequence
 import dataclasses
 import functools
+import itertools
+import string
 from typing import NamedTuple
 import zlib
 
 import numpy as np
+import tokenizers
 
 from calm_jax import vocabularies
 
@@ -200,3 +203,40 @@ def vocabulary(
     largest = config.max_value * config.max_operands
   words = (*SYMBOLS, *NEUTRAL_WORDS, *table(config).keys)
   return vocabularies.word_vocabulary(words, max_integer=largest)
+
+
+@functools.cache
+def pieces_vocabulary(
+  config: KeyValueConfig,
+) -> vocabularies.TokenizersVocabulary:
+  """Returns another vocabulary for the same texts, in which keys are cut.
+
+  A byte-pair encoding that marks the last piece of a word, as GPT-1's does: a
+  key is one to four pieces of one or two letters. An integer is one token up to
+  999, and above that one for its last three digits after single digits.
+  """
+  end = '</w>'
+  letters = list(itertools.product(string.ascii_lowercase, repeat=2))
+  digits = itertools.product(string.digits, repeat=2)
+  merges = [(a, b + end) for a, b in letters] + letters
+  merges += [('-', '>' + end), *((a, b + end) for a, b in digits)]
+  largest = min(config.max_value * config.max_operands, 999)
+  merges += [(n[0], n[1:] + end) for n in map(str, range(100, largest + 1))]
+  characters = sorted(
+    {*string.ascii_lowercase, *string.digits, *''.join(SYMBOLS)}
+  )
+  tokens = [*characters, *(c + end for c in characters), *map(''.join, merges)]
+  tokens += ['</s>', '<pad>', '<unk>']
+  tokenizer = tokenizers.Tokenizer(
+    tokenizers.models.BPE(
+      vocab={token: index for index, token in enumerate(tokens)},
+      merges=merges,
+      unk_token='<unk>',
+      end_of_word_suffix=end,
+    )
+  )
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+  tokenizer.decoder = tokenizers.decoders.BPEDecoder(suffix=end)
+  return vocabularies.TokenizersVocabulary(
+    tokenizer, eos_token='</s>', pad_token='<pad>', unk_token='<unk>'
+  )
