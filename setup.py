@@ -40,6 +40,7 @@ setuptools.setup(
     'flax',
     'gin-config',
     'jax',
+    'jinja2>=3.1.6',  # Older ones have holes in the sandbox.
     'matplotlib',
     'numpy',
     'optax',

@@ -100,15 +100,13 @@ class Run:
     started = time.perf_counter()
     self.step = step.lower(self.state, self.frozen, self.batch).compile()
     self.compile_seconds = time.perf_counter() - started
-    batch_size, length = batch['decoder_input_tokens'].shape
-    self.tokens = batch_size * length
+    self.tokens = batch['decoder_input_tokens'].size
     self.flops = flops.compiled(self.step.as_text())
     self.least = flops.least(
       model,
       {**self.frozen, **trained},
+      batch,
       trainable=trainable,
-      tokens=self.tokens,
-      length=length,
     )
     self.temporary = self.step.memory_analysis().temp_size_in_bytes
     self.slots = trees.num_bytes(self.state)

@@ -4,13 +4,25 @@ from collections.abc import Mapping, Sequence
 import functools
 import pathlib
 from typing import Any
+import warnings
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+import numpy as np
 
-from calm_jax import assembly, decoding, metrics, run_files, sharding, trees
+from calm_jax import (
+  alignment,
+  assembly,
+  batches,
+  decoding,
+  metrics,
+  run_files,
+  sharding,
+  trees,
+)
 from calm_jax.array_types import Array, Params
+from calm_jax.composition import ComposedLM
 from calm_jax.connections import CompositionConfig, LayerMapping
 from calm_jax.models import pretrained
 from calm_jax.models.config import TransformerConfig
@@ -27,6 +39,7 @@ class Model:
     spec: description of the anchor.
     fingerprints: SHA-256 of each frozen model by name.
     mesh: where the parameters are.
+    readers: how each augmenting model with a vocabulary of its own reads.
   """
 
   def __init__(
@@ -37,12 +50,14 @@ class Model:
     spec: ModelSpec,
     fingerprints: Mapping[str, str],
     mesh: Mesh,
+    readers: Mapping[str, alignment.Reader] | None = None,
   ):
     self.composed = composed
     self.params = params
     self.spec = spec
     self.fingerprints = dict(fingerprints)
     self.mesh = mesh
+    self.readers = dict(readers or {})
     self._forward = jax.jit(composed.__call__)
     self._generate = functools.cache(self._make_generate)  # by length
 
@@ -62,7 +77,13 @@ class Model:
     return self.fingerprints['anchor']
 
   def logits(self, tokens_BT: Any) -> Array:
-    """Returns the logits [B, T, V] of whole sequences without padding."""
+    """Returns the logits [B, T, V] of whole sequences without padding.
+
+    Args:
+      tokens_BT: ids of the anchor. An augmenting model with a vocabulary of its
+        own reads them through the table that it reads generated tokens by.
+    """
+    self._check_speaks()
     tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
     if tokens_BT.ndim != 2:
       raise ValueError(
@@ -76,6 +97,9 @@ class Model:
       'decoder_positions': positions_BT,
       'decoder_segment_ids': jnp.ones_like(tokens_BT),
     }
+    for name, reader in self.readers.items():
+      rows = [reader.read_tokens(row) for row in np.asarray(tokens_BT).tolist()]
+      batch |= batches.augmenting_arrays(name, rows)
     return self._forward(self.params, batch)
 
   def generate(
@@ -95,36 +119,64 @@ class Model:
     Returns:
       The continuations, without the prompts, in order.
     """
+    self._check_speaks()
     if isinstance(prompts, str):
       raise ValueError('prompts is one text; give a list of texts.')
     if not prompts:
       return []
-    bos = [] if self.vocabulary.bos_id is None else [self.vocabulary.bos_id]
-    ids = [bos + row for row in self.vocabulary.encode_batch(list(prompts))]
+    ids, readings = self._read(prompts)
     new_ids = self._generate(max_new_tokens)(
       self.params,
       ids,
+      readings=readings,
       batch_size=batch_size or len(ids),
       pad_id=self.vocabulary.pad_id,
     )
+    for name, reader in self.readers.items():
+      cut = sum(reader.count_too_long(row) for row in new_ids)
+      if cut:
+        warnings.warn(
+          f'{cut} generated tokens stand for more tokens of {name!r} than'
+          ' tokens_per_anchor_token allows; it saw the first of each.'
+        )
     return [self.vocabulary.decode(row) for row in new_ids]
+
+  def _read(
+    self, prompts: Sequence[str]
+  ) -> tuple[list[list[int]], dict[str, list[alignment.Reading]]]:
+    """Returns the prompts' ids, and what models of another vocabulary read."""
+    if not self.readers:
+      bos = [] if self.vocabulary.bos_id is None else [self.vocabulary.bos_id]
+      rows = self.vocabulary.encode_batch(list(prompts))
+      return [bos + row for row in rows], {}
+    begun = [alignment.begin(self.vocabulary, text) for text in prompts]
+    return [ids for ids, _ in begun], {
+      name: [
+        reader.read_prompt(text, anchor_ends=ends)
+        for text, (_, ends) in zip(prompts, begun, strict=True)
+      ]
+      for name, reader in self.readers.items()
+    }
+
+  def _check_speaks(self) -> None:
+    if self.config.attention != 'causal':
+      raise ValueError(
+        'This model is an encoder: it can be composed with an anchor as'
+        ' augmenting model, and has no logits of its own.'
+      )
 
   def _make_generate(self, max_new_tokens: int):
     return decoding.make_generate(
       self.composed,
       max_new_tokens=max_new_tokens,
       eos_id=self.vocabulary.eos_id,
+      readers=self.readers,
     )
 
   def describe(self) -> str:
     """Returns the connections, and how much is trained of how much."""
     trainable = 'composition' if self.composed.connections else 'anchor'
-    return '\n'.join(
-      [
-        metrics.connection_table(self.composed),
-        metrics.parameter_report(self.params, trainable=trainable),
-      ]
-    )
+    return metrics.describe(self.composed, self.params, trainable=trainable)
 
   def disconnected(self) -> 'Model':
     """Returns the model with each connection's W_O at zero, as a control."""
@@ -138,6 +190,7 @@ class Model:
       spec=self.spec,
       fingerprints=self.fingerprints,
       mesh=self.mesh,
+      readers=self.readers,
     )
 
   def save(self, directory: str | pathlib.Path) -> None:
@@ -175,7 +228,7 @@ def from_spec(
 ) -> Model:
   """Loads or initialises one described model."""
   mesh = mesh or sharding.make_mesh()
-  composed = assembly.build_model(spec)
+  composed = ComposedLM(assembly.build_tower(spec.config))
   loaded = assembly.load(spec, composed.anchor, mesh=mesh, seed=seed)
   return Model(
     composed,
@@ -204,10 +257,9 @@ def compose(
     **settings: other fields of `CompositionConfig`.
   """
   config = CompositionConfig(mapping=mapping, **settings)
+  specs = {name: model.spec for name, model in augmenting.items()}
   composed = assembly.build_model(
-    anchor.spec,
-    augmenting={name: model.spec for name, model in augmenting.items()},
-    composition=config,
+    anchor.spec, augmenting=specs, composition=config
   )
   return Model(
     composed,
@@ -224,6 +276,7 @@ def compose(
       **{name: model.fingerprint for name, model in augmenting.items()},
     },
     mesh=anchor.mesh,
+    readers=assembly.build_readers(anchor.spec, specs, config),
   )
 
 

@@ -9,11 +9,12 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
-from calm_jax import sharding, trees
+from calm_jax import alignment, sharding, trees
 from calm_jax.array_types import Params
 from calm_jax.composition import ComposedLM
 from calm_jax.connections import CompositionConfig
-from calm_jax.models import pretrained, transformer
+from calm_jax.models import encoder, pretrained, stacking, transformer
+from calm_jax.models.config import TransformerConfig
 from calm_jax.models.pretrained import ModelSpec
 
 
@@ -27,28 +28,69 @@ def build_model(
   """Builds the model; allocates nothing.
 
   Raises:
-    ValueError: if the mapping does not fit the depths, or the vocabularies of
-      the models differ.
+    ValueError: if the mapping does not fit the depths, or the anchor is no
+      decoder.
   """
   augmenting = augmenting or {}
-  if 'anchor' in augmenting:
-    raise ValueError("An augmenting model cannot be called 'anchor'.")
-  for name, spec in augmenting.items():
-    if spec.vocabulary.fingerprint() != anchor.vocabulary.fingerprint():
-      raise ValueError(
-        f'The augmenting model {name!r} has another vocabulary'
-        f' ({spec.vocabulary.size} words) than the anchor'
-        f' ({anchor.vocabulary.size} words). Both read the same token ids, so'
-        ' use models that share a tokenizer.'
-      )
+  reserved = {'anchor', 'decoder'} & augmenting.keys()
+  if reserved:
+    raise ValueError(
+      f'An augmenting model cannot be called {reserved.pop()!r}; choose another'
+      ' name.'
+    )
+  if anchor.config.attention != 'causal':
+    raise ValueError(
+      "The anchor has attention = 'bidirectional': an encoder cannot speak. Use"
+      ' it as augmenting model, and a decoder as anchor.'
+    )
   return ComposedLM(
     transformer.DecoderLM(anchor.config, stack=stack),
     augmenting={
-      name: transformer.DecoderLM(spec.config, stack=stack)
+      name: build_tower(spec.config, stack=stack)
       for name, spec in augmenting.items()
     },
     composition=composition,
+    own_tokens=[k for k, v in augmenting.items() if _has_own_tokens(v, anchor)],
   )
+
+
+def _has_own_tokens(augmenting: ModelSpec, anchor: ModelSpec) -> bool:
+  """Whether a model cannot just read the anchor's tokens."""
+  return (
+    augmenting.config.attention != 'causal'
+    or augmenting.vocabulary.fingerprint() != anchor.vocabulary.fingerprint()
+  )
+
+
+def build_tower(
+  config: TransformerConfig, *, stack: Literal['loop', 'scan'] = 'loop'
+) -> transformer.Tower:
+  """Builds the decoder or encoder of a configuration."""
+  is_encoder = config.attention == 'bidirectional'
+  tower = encoder.EncoderLM if is_encoder else transformer.DecoderLM
+  return tower(config, stack=stack)
+
+
+def build_readers(
+  anchor: ModelSpec,
+  augmenting: Mapping[str, ModelSpec],
+  composition: CompositionConfig | None,
+) -> dict[str, alignment.Reader]:
+  """Returns, by name, how each model with a vocabulary of its own reads.
+
+  A model that shares the anchor's vocabulary reads its tokens, and needs none.
+  """
+  return {
+    name: alignment.Reader(
+      anchor.vocabulary,
+      spec.vocabulary,
+      anchor_size=anchor.config.vocab_size,
+      reads_targets=spec.config.attention == 'causal',
+      most=composition.tokens_per_anchor_token,
+    )
+    for name, spec in augmenting.items()
+    if _has_own_tokens(spec, anchor)
+  }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +110,7 @@ class Loaded:
 
 def load(
   spec: ModelSpec,
-  model: transformer.DecoderLM,
+  model: transformer.Tower,
   *,
   mesh: Mesh,
   seed: int = 0,
@@ -93,17 +135,17 @@ def load(
     )
     return Loaded(params, fingerprint, f'random, seed {seed}')
   tensors, fingerprint = pretrained.read_weights(spec.path)
-  loop = transformer.DecoderLM(spec.config)
+  loop = build_tower(spec.config)
   wanted = nn.unbox(jax.eval_shape(loop.init_params, jax.random.key(0)))
   trees.check_same_structure(wanted, tensors, what=str(spec.path))
   if model.stack != 'loop':
-    tensors = transformer.restack(tensors, source=loop, target=model)
+    tensors = stacking.restack(tensors, source=loop, target=model)
   params = place(tensors, places, dtype=spec.config.param_dtype)
   return Loaded(params, fingerprint, f'pretrained, {spec.path.name}')
 
 
 def _random_params(
-  spec: ModelSpec, model: transformer.DecoderLM, *, seed: int, places: Any
+  spec: ModelSpec, model: transformer.Tower, *, seed: int, places: Any
 ) -> Params:
   start_VD = None
   if spec.number_embeddings is not None:

@@ -9,18 +9,23 @@ missing. A batch is a dict of arrays of shape [B, T] with T5X's keys:
   decoder_segment_ids    int32    0 = padding, segments count from 1
   decoder_loss_weights   float32  1 where the predicted token is a target
 
-Which slot is real follows from the segment ids, never from a token id.
+Which slot is real follows from the segment ids, never from a token id. An
+augmenting model called x that has a vocabulary of its own adds [B, S] arrays:
+
+  x_input_tokens, x_positions, x_segment_ids   int32    as above
+  x_visible_from  int32    the first slot of the anchor's row that reads it
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import itertools
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from calm_jax import vocabularies
+from calm_jax.alignment import Reading
 
-Example = Mapping[str, Sequence[int]]
+Example = Mapping[str, Any]
 Batch = dict[str, np.ndarray]
 
 
@@ -59,6 +64,7 @@ class ExampleBatches:
     pad_id: int | None,
     truncate: str = 'error',
     targets_per_row: int | None = None,
+    augmenting_lengths: Mapping[str, int] | None = None,
   ):
     """Starts at the first example.
 
@@ -73,6 +79,9 @@ class ExampleBatches:
       truncate: 'error', or 'skip' to leave out and count what is too long.
       targets_per_row: how many supervised positions a row may have; None is
         all of them.
+      augmenting_lengths: S by name of each augmenting model that has a
+        vocabulary of its own. Examples then are as those of
+        `alignment.read_examples`.
     """
     if truncate not in ('error', 'skip'):
       raise ValueError(
@@ -86,6 +95,7 @@ class ExampleBatches:
     self._pad_id = pad_id or 0
     self._truncate = truncate
     self._targets_per_row = targets_per_row or length
+    self._augmenting_lengths = dict(augmenting_lengths or {})
     self._consumed = 0
     self._examples = make_examples(0)
     self._next = None  # An example that was read, but is not consumed.
@@ -96,7 +106,11 @@ class ExampleBatches:
   def __next__(self) -> Batch:
     """Returns the next batch; a finite stream ends with a partial one."""
     first = self._consumed
-    batch = empty_batch(self._shape, pad_id=self._pad_id)
+    batch = empty_batch(
+      self._shape,
+      pad_id=self._pad_id,
+      augmenting_lengths=self._augmenting_lengths,
+    )
     for row in range(self._shape[0]):
       self._fill(row, batch)
     if not batch['decoder_segment_ids'].any():
@@ -112,16 +126,22 @@ class ExampleBatches:
     self._next = None
 
   def _fill(self, row: int, batch: Batch) -> None:
-    start, segment, targets = 0, 0, 0
+    segment, targets, start = 0, 0, 0
+    starts = dict.fromkeys(self._augmenting_lengths, 0)
     while self._pack or not segment:
       if self._next is None:
         self._next = self._read()
       if self._next is None:
         return
-      sequence, prefix = self._next
+      sequence, prefix, readings = self._next
       stop = start + len(sequence) - 1
       targets += _num_targets(sequence, prefix)
-      if stop > self._shape[1] or targets > self._targets_per_row:
+      stops = {name: starts[name] + len(readings[name][0]) for name in starts}
+      if (
+        stop > self._shape[1]
+        or targets > self._targets_per_row
+        or any(stops[name] > self._augmenting_lengths[name] for name in stops)
+      ):
         return
       segment += 1
       slots = slice(start, stop)
@@ -131,12 +151,17 @@ class ExampleBatches:
       batch['decoder_positions'][row, slots] = positions
       batch['decoder_segment_ids'][row, slots] = segment
       batch['decoder_loss_weights'][row, slots] = positions + 1 >= prefix
-      start, self._next = stop, None
+      for name, reading in readings.items():
+        slots = row, slice(starts[name], stops[name])
+        _place_reading(batch, name, slots, reading, segment, offset=start)
+      start, starts, self._next = stop, stops, None
       self._consumed += 1
 
-  def _read(self) -> tuple[list[int], int] | None:
-    """Returns the next (sequence, length of its prefix) that fits a row."""
-    length = self._shape[1]
+  def _read(self) -> tuple[list[int], int, dict[str, Reading]] | None:
+    """Returns the next sequence that fits a row, and the length of its prefix.
+
+    The third is what augmenting models with a vocabulary of their own read.
+    """
     for example in self._examples:
       prefix = [*self._bos, *example.get('inputs', ())]
       sequence = [*prefix, *example['targets']]
@@ -146,117 +171,48 @@ class ExampleBatches:
           'included, so there is nothing to predict; end targets in EOS, or '
           'filter empty examples out.'
         )
-      targets = _num_targets(sequence, len(prefix))
-      if len(sequence) - 1 <= length and targets <= self._targets_per_row:
-        return sequence, len(prefix)
+      problem = self._too_long(sequence, len(prefix), example)
+      if not problem:
+        return sequence, len(prefix), example.get('readings', {})
       if self._truncate == 'error':
         raise ValueError(
-          f'Example {self._consumed} needs {len(sequence) - 1} slots '
-          f'({len(prefix)} tokens of BOS and inputs, {len(example["targets"])} '
-          f'of targets), a row has {length} for {self._targets_per_row} '
-          'targets, so its targets would be truncated; raise the feature '
-          "lengths or targets_per_row, or set truncate='skip'."
+          f"Example {self._consumed} {problem}, or set truncate='skip'."
         )
       self._consumed += 1
       self.skipped += 1
     return None
 
+  def _too_long(
+    self, sequence: Sequence[int], prefix: int, example: Example
+  ) -> str:
+    """Says why an example fits no row; '' if it does."""
+    length = self._shape[1]
+    targets = _num_targets(sequence, prefix)
+    if len(sequence) - 1 > length or targets > self._targets_per_row:
+      return (
+        f'needs {len(sequence) - 1} slots ({prefix} tokens of BOS and inputs,'
+        f' {len(example["targets"])} of targets), a row has {length} for'
+        f' {self._targets_per_row} targets, so its targets would be truncated;'
+        ' raise the feature lengths or targets_per_row'
+      )
+    for name, slots in self._augmenting_lengths.items():
+      wanted = len(example['readings'][name][0])
+      if wanted > slots:
+        return (
+          f'is {wanted} tokens to {name!r}, and a row has {slots}; raise the'
+          f' feature length of {name!r}'
+        )
+    if example.get('too_long'):
+      return (
+        f'has {example["too_long"]} target tokens that stand for more tokens of'
+        ' an augmenting model than CompositionConfig.tokens_per_anchor_token'
+        ' allows; raise it'
+      )
+    return ''
+
 
 def _num_targets(sequence: Sequence[int], prefix: int) -> int:
   return len(sequence) - max(prefix, 1)  # the first token is never predicted
-
-
-class ArrayBatches:
-  """Batches of rows that are already in memory, reshuffled every epoch."""
-
-  def __init__(
-    self,
-    rows: Batch,
-    *,
-    batch_size: int,
-    seed: int,
-    shuffle: bool = True,
-  ):
-    """Starts at the first batch of epoch 0.
-
-    Args:
-      rows: arrays [N, T] under the keys of a batch.
-      batch_size: B. The N % B last rows of an epoch's order wait for another
-        epoch.
-      seed: with the epoch's number, gives its order.
-      shuffle: whether to permute at all.
-    """
-    sizes = {name: len(array) for name, array in rows.items()}
-    if len(set(sizes.values())) != 1 or min(sizes.values()) < batch_size:
-      raise ValueError(
-        f'The arrays have {sizes} rows, and a batch {batch_size}; all must have'
-        ' equally many, and enough for one batch.'
-      )
-    self._rows = rows
-    self._size = min(sizes.values())
-    self._batch_size = batch_size
-    self._seed = seed
-    self._shuffle = shuffle
-    self.restore({'epoch': 0, 'index': 0})
-
-  def __iter__(self) -> 'ArrayBatches':
-    return self
-
-  def __next__(self) -> Batch:
-    if self._index + self._batch_size > self._size:
-      self.restore({'epoch': self._epoch + 1, 'index': 0})
-    stop = self._index + self._batch_size
-    chosen = self._order[self._index : stop]
-    self._index = stop
-    batch = {name: array[chosen] for name, array in self._rows.items()}
-    return check_supervised(batch, f'rows {chosen[:8].tolist()}...')
-
-  def state(self) -> dict:
-    """Returns the epoch, and how many rows of it were returned."""
-    return {'epoch': self._epoch, 'index': self._index}
-
-  def restore(self, state: dict) -> None:
-    self._epoch, self._index = state['epoch'], state['index']
-    self._order = np.arange(self._size)
-    if self._shuffle:
-      np.random.default_rng((self._seed, self._epoch)).shuffle(self._order)
-
-
-def npz_batches(
-  *,
-  path: str,
-  batch_size: int,
-  seed: int,
-  vocabulary: object = None,
-  targets_per_row: int | None = None,
-) -> ArrayBatches:
-  """Returns the rows of an .npz file as batches: no SeqIO, no TensorFlow.
-
-  Args:
-    path: a file with one array [N, T] under each key of a batch.
-    batch_size: B.
-    seed: of the order.
-    vocabulary: not used; every iterator factory is given it.
-    targets_per_row: the most supervised positions that a row may have.
-  """
-  del vocabulary
-  try:
-    with np.load(path) as file:
-      rows = dict(file)
-  except (OSError, ValueError) as error:
-    raise ValueError(f'{path!r} cannot be read as .npz: {error}.') from error
-  wanted = set(empty_batch((1, 1), pad_id=0))
-  if set(rows) != wanted:
-    raise ValueError(
-      f'{path!r} holds the arrays {sorted(rows)}; a batch has {sorted(wanted)}.'
-    )
-  most = int((rows['decoder_loss_weights'] > 0).sum(axis=1).max())
-  if targets_per_row is not None and most > targets_per_row:
-    raise ValueError(
-      f'{path!r} has a row of {most} supervised positions, more than'
-      f' targets_per_row = {targets_per_row}; raise that.'
-    )
-  return ArrayBatches(rows, batch_size=batch_size, seed=seed)
 
 
 def tokenize(
@@ -279,8 +235,13 @@ def tokenize(
       yield {'inputs': prompt, 'targets': target + end}
 
 
-def empty_batch(shape: tuple[int, int], *, pad_id: int) -> Batch:
-  """Returns a batch [B, T] of padding."""
+def empty_batch(
+  shape: tuple[int, int],
+  *,
+  pad_id: int,
+  augmenting_lengths: Mapping[str, int] | None = None,
+) -> Batch:
+  """Returns a batch [B, T] of padding, and [B, S] by name."""
   batch = {
     f'decoder_{name}': np.zeros(shape, np.int32)
     for name in ('input_tokens', 'target_tokens', 'positions', 'segment_ids')
@@ -288,7 +249,38 @@ def empty_batch(shape: tuple[int, int], *, pad_id: int) -> Batch:
   batch['decoder_input_tokens'][:] = pad_id
   batch['decoder_target_tokens'][:] = pad_id
   batch['decoder_loss_weights'] = np.zeros(shape, np.float32)
+  for name, length in (augmenting_lengths or {}).items():
+    for field in ('input_tokens', 'positions', 'segment_ids', 'visible_from'):
+      batch[f'{name}_{field}'] = np.zeros((shape[0], length), np.int32)
   return batch
+
+
+def augmenting_arrays(name: str, readings: Sequence[Reading]) -> Batch:
+  """Returns the arrays [B, S] of what one model reads of B unpacked rows."""
+  length = max(len(ids) for ids, _ in readings)
+  shape = len(readings), 1
+  batch = empty_batch(shape, pad_id=0, augmenting_lengths={name: length})
+  batch = {key: rows for key, rows in batch.items() if key.startswith(name)}
+  for row, reading in enumerate(readings):
+    slots = row, slice(0, len(reading[0]))
+    _place_reading(batch, name, slots, reading, 1, offset=0)
+  return batch
+
+
+def _place_reading(
+  batch: Batch,
+  name: str,
+  slots: tuple[int, slice],
+  reading: Reading,
+  segment: int,
+  *,
+  offset: int,
+) -> None:
+  ids, visible_from = reading
+  batch[f'{name}_input_tokens'][slots] = ids
+  batch[f'{name}_positions'][slots] = np.arange(len(ids))
+  batch[f'{name}_segment_ids'][slots] = segment
+  batch[f'{name}_visible_from'][slots] = np.add(visible_from, offset)
 
 
 def check_supervised(batch: Batch, where: str) -> Batch:

@@ -9,33 +9,20 @@ is what the anchor's block j + 1 reads. f_proj and f_cross are all that is
 trained (Theta_C, the subtree `composition`).
 """
 
-from collections.abc import Mapping, Sequence
-import dataclasses
+from collections.abc import Collection, Mapping, Sequence
 import hashlib
-from typing import Any, Protocol
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from calm_jax import masks
+from calm_jax import masks, sources
 from calm_jax.array_types import Array, Batch, Params
 from calm_jax.connections import CompositionConfig, Connection
 from calm_jax.cross_attention import CrossAttention
 from calm_jax.models import attention, layers, transformer
-
-
-class AugmentingModel(Protocol):
-  """What a model must offer to be read: `DecoderLM` does."""
-
-  depth: int
-  width: int
-
-  def init_params(self, rng: Array) -> Any: ...
-
-  def hidden_states(self, tokens_BS, where, *, layers, cache=None): ...
-
-  def empty_cache(self, *, batch: int, slots: int, stop: int) -> Any: ...
+from calm_jax.sources import AugmentingModel, AugmentingTokens, Source, View
 
 
 @flax.struct.dataclass
@@ -46,26 +33,14 @@ class ComposedCache:
     anchor: key-value caches of the anchor by segment.
     augmenting: the same by name of the augmenting model.
     cross: projected keys and values by connection.
+    visible_from: by name of the augmenting model, int32 [B, C]: the anchor
+      position from which each slot of its caches is read.
   """
 
   anchor: transformer.Cache
   augmenting: dict[str, transformer.Cache]
   cross: dict[str, attention.KVCache]
-
-
-@dataclasses.dataclass(frozen=True)
-class View:
-  """The tokens one model reads, and where they are.
-
-  Attributes:
-    tokens: int32 ids.
-    where: their positions and masks.
-    noise: added to the embeddings, in units of each one's root mean square.
-  """
-
-  tokens: Array
-  where: attention.Positions
-  noise: Array | None = None
+  visible_from: dict[str, Array]
 
 
 class ComposedLM:
@@ -81,6 +56,7 @@ class ComposedLM:
     *,
     augmenting: Mapping[str, AugmentingModel] | None = None,
     composition: CompositionConfig | None = None,
+    own_tokens: Collection[str] = (),
   ):
     """Places the connections; raises ValueError if they do not fit.
 
@@ -88,6 +64,8 @@ class ComposedLM:
       anchor: the model that is extended and that speaks.
       augmenting: the models that are read, by name.
       composition: required if, and only if, there are augmenting models.
+      own_tokens: names of those with a vocabulary of their own; encoders always
+        have tokens of their own.
     """
     self.augmenting = dict(augmenting or {})
     self.composition = composition
@@ -103,6 +81,11 @@ class ComposedLM:
         augmenting_depths={k: m.depth for k, m in self.augmenting.items()},
       )
       self.num_heads = composition.split_heads(anchor.config)
+    self.own_tokens = {
+      name
+      for name, model in self.augmenting.items()
+      if name in own_tokens or not model.reads_targets
+    }
     self.anchor = anchor.clone(cuts=_cuts(self.composed_layers, anchor.depth))
     self.augmenting = {
       name: model.clone(cuts=_cuts(self.tapped_layers(name), model.depth))
@@ -163,32 +146,27 @@ class ComposedLM:
     Args:
       params: the three subtrees.
       batch: `decoder_input_tokens`, `decoder_positions`,
-        `decoder_segment_ids`, all int32 [B, T]; and, where the augmenting
-        models have tokens of their own, `augmenting_input_tokens`,
-        `augmenting_positions`, `augmenting_segment_ids` and
-        `augmenting_visible_from`, all int32 [B, S]. Optional:
+        `decoder_segment_ids`, all int32 [B, T]; and, where an augmenting model
+        called x has tokens of its own, `x_input_tokens`, `x_positions`,
+        `x_segment_ids` and `x_visible_from`, all int32 [B, S] (x may also be
+        'augmenting', for all that have no others). Optional:
         `decoder_embedding_noise` [B, T, D], added to the anchor's embeddings
         in units of each one's root mean square.
       logits_at_BM: int32 indices into T; if given, only the logits of these
         positions are computed, [B, M, V].
     """
-    segment_ids_BT = batch['decoder_segment_ids']
-    anchor = _view(batch, 'decoder')
-    own = 'augmenting_input_tokens' in batch
-    side = 'augmenting' if own else 'decoder'
-    if own:
-      visible_from_BS = batch['augmenting_visible_from']
-    else:
-      index_T = jnp.arange(segment_ids_BT.shape[1])
-      visible_from_BS = jnp.broadcast_to(index_T, segment_ids_BT.shape)
-    mask_BTS = masks.cross_mask(
-      segment_ids_BT=segment_ids_BT,
-      augmenting_segment_ids_BS=batch[f'{side}_segment_ids'],
-      visible_from_BS=visible_from_BS,
+    where = attention.Positions.full(
+      batch['decoder_positions'], batch['decoder_segment_ids']
     )
-    x_BTD, _ = self._stream(
-      params, anchor, _view(batch, side), mask_BTS, cache=None
-    )
+    noise = batch.get('decoder_embedding_noise')
+    read = {
+      name: sources.from_batch(
+        batch, name, model, own_tokens=name in self.own_tokens
+      )
+      for name, model in self.augmenting.items()
+    }
+    anchor = View(batch['decoder_input_tokens'], where, noise)
+    x_BTD, _ = self._stream(params, anchor, read, cache=None)
     return self._logits(params, x_BTD, logits_at_BM)
 
   def extend(
@@ -198,6 +176,7 @@ class ComposedLM:
     positions_BT: Array,
     cache: ComposedCache,
     *,
+    augmenting: Mapping[str, AugmentingTokens | None] | None = None,
     logits_at_BM: Array | None = None,
   ) -> tuple[Array, ComposedCache]:
     """Feeds tokens to all models through their caches: prefill or decode step.
@@ -208,58 +187,101 @@ class ComposedLM:
         padded with is never read by a real position.
       positions_BT: int32 position, and cache slot, of each token.
       cache: from `empty_cache` or the last call.
+      augmenting: the same text for each model that has a vocabulary of its own;
+        None for an encoder that has read the prompt. Models that are not named
+        read the anchor's tokens.
       logits_at_BM: as in `__call__`.
 
     Returns:
       Logits [B, T, V], or [B, M, V] with `logits_at_BM`, and the cache.
     """
     slots = jax.tree.leaves(cache.anchor)[0].shape[-3]
-    view = View(tokens_BT, attention.Positions.cached(positions_BT, slots))
-    x_BTD, cache = self._stream(
-      params, view, view, view.where.mask_BTS, cache=cache
-    )
+    anchor = View(tokens_BT, attention.Positions.cached(positions_BT, slots))
+    shared = AugmentingTokens(tokens_BT, positions_BT, positions_BT)
+    augmenting = augmenting or {}
+    if self.own_tokens - augmenting.keys():
+      raise ValueError(
+        f'{sorted(self.own_tokens)} read tokens of their own; given are those'
+        f' of {sorted(augmenting)}.'
+      )
+    read = {
+      name: sources.from_step(
+        augmenting.get(name, shared),
+        model,
+        positions_BT=positions_BT,
+        visible_from_BC=cache.visible_from[name],
+      )
+      for name, model in self.augmenting.items()
+    }
+    x_BTD, cache = self._stream(params, anchor, read, cache=cache)
     return self._logits(params, x_BTD, logits_at_BM), cache
 
-  def empty_cache(self, *, batch: int, slots: int) -> ComposedCache:
-    """Returns caches of `slots` positions for all models and connections."""
+  def empty_cache(
+    self,
+    *,
+    batch: int,
+    slots: int,
+    augmenting_slots: Mapping[str, int] | None = None,
+  ) -> ComposedCache:
+    """Returns empty caches for all models and connections.
+
+    Args:
+      batch: B.
+      slots: positions of the anchor, and of models that read its tokens.
+      augmenting_slots: positions of each model with a vocabulary of its own.
+    """
+    slots_of = dict.fromkeys(self.augmenting, slots) | (augmenting_slots or {})
     cross = {
       c.key: attention.KVCache.empty(
         batch=batch,
-        slots=slots,
+        slots=slots_of[c.augmenting],
         heads=self.num_heads,
         head_dim=self.anchor.width // self.num_heads,
         dtype=self.anchor.config.dtype,
       )
       for c in self.connections
     }
-    size = {'batch': batch, 'slots': slots}
     return ComposedCache(
-      anchor=self.anchor.empty_cache(stop=self.anchor.depth, **size),
+      anchor=self.anchor.empty_cache(
+        batch=batch, slots=slots, stop=self.anchor.depth
+      ),
       augmenting={
-        name: model.empty_cache(stop=self.tapped_layers(name)[-1] + 1, **size)
+        name: model.empty_cache(
+          batch=batch,
+          slots=slots_of[name],
+          stop=self.tapped_layers(name)[-1] + 1,
+        )
         for name, model in self.augmenting.items()
       },
       cross=cross,
+      visible_from={
+        name: jnp.full((batch, slots_of[name]), masks.NEVER, jnp.int32)
+        for name in self.augmenting
+      },
     )
 
   def _stream(
     self,
     params: Params,
     anchor: View,
-    augmenting: View,
-    mask_BTS: Array,
+    read: Mapping[str, Source],
     *,
     cache: ComposedCache | None,
   ) -> tuple[Array, ComposedCache | None]:
     """Interleaves the models; returns the anchor's last residual stream."""
-    states, written = {}, ComposedCache({}, {}, {})
-    for name, model in self.augmenting.items():
-      states[name], written.augmenting[name] = model.apply(
+    states, written = {}, ComposedCache({}, {}, {}, {})
+    for name, source in read.items():
+      old = None if cache is None else cache.augmenting[name]
+      written.visible_from[name] = source.visible_from_BC
+      if source.view is None:
+        written.augmenting[name] = old
+        continue
+      states[name], written.augmenting[name] = self.augmenting[name].apply(
         {'params': params['augmenting'][name]},
-        augmenting.tokens,
-        augmenting.where,
+        source.view.tokens,
+        source.view.where,
         layers=self.tapped_layers(name),
-        cache=None if cache is None else cache.augmenting[name],
+        cache=old or None,  # an encoder has none
         method='hidden_states',
       )
 
@@ -279,23 +301,26 @@ class ComposedLM:
     def cross(x_BTD, c):
       apply = self.cross_attention().apply
       theta = {'params': params['composition'][c.key]}
-      source = apply(
-        theta,
-        states[c.augmenting][c.augmenting_layer],
-        augmenting.where.positions_BT,
-        method='read',
-      )
-      if cache is not None:
-        source = cache.cross[c.key].write(
-          source.key, source.value, augmenting.where.positions_BT
+      source = read[c.augmenting]
+      memory = None if cache is None else cache.cross[c.key]
+      if source.view is not None:
+        new = apply(
+          theta,
+          states[c.augmenting][c.augmenting_layer],
+          source.text_positions_BS,
+          method='read',
         )
-        written.cross[c.key] = source
+        if memory is not None:
+          slots_BS = source.view.where.positions_BT
+          new = memory.write(new.key, new.value, slots_BS)
+        memory = new
+      written.cross[c.key] = memory
       return apply(
         theta,
         x_BTD,
-        source,
+        memory,
         positions_BT=anchor.where.positions_BT,
-        mask_BTS=mask_BTS,
+        mask_BTS=source.mask_BTS,
         method='attend',
       )
 
@@ -330,11 +355,3 @@ class ComposedLM:
 def _cuts(layers_: Sequence[int], depth: int) -> tuple[int, ...]:
   """Returns where a stack must be cut so that each layer ends a segment."""
   return tuple(layer + 1 for layer in layers_ if 0 < layer + 1 < depth)
-
-
-def _view(batch: Batch, side: str) -> View:
-  where = attention.Positions.full(
-    batch[f'{side}_positions'], batch[f'{side}_segment_ids']
-  )
-  noise = batch.get(f'{side}_embedding_noise')
-  return View(batch[f'{side}_input_tokens'], where, noise)

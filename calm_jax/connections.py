@@ -173,6 +173,8 @@ class CompositionConfig:
       open only where the gradient asks for it.
     position_encoding: 'rotary' turns cross queries and keys by their text
       positions; 'none' leaves them.
+    tokens_per_anchor_token: where an augmenting model has a vocabulary of its
+      own, how many of its tokens one token of the anchor may stand for.
     param_dtype: dtype of storage; the computation has the anchor's dtype.
   """
 
@@ -183,6 +185,7 @@ class CompositionConfig:
   gate: Literal['none', 'sigmoid'] = 'none'
   gate_bias: float = 0.0
   position_encoding: Literal['rotary', 'none'] = 'rotary'
+  tokens_per_anchor_token: int = 8
   param_dtype: str = 'float32'
 
   def __post_init__(self):
@@ -196,6 +199,11 @@ class CompositionConfig:
         raise ValueError(
           f'{field} = {getattr(self, field)!r} is not one of {allowed}.'
         )
+    if self.tokens_per_anchor_token < 1:
+      raise ValueError(
+        f'tokens_per_anchor_token = {self.tokens_per_anchor_token}: it must be'
+        ' at least 1.'
+      )
     if self.gate == 'none' and self.gate_bias:
       raise ValueError(
         f"gate_bias = {self.gate_bias} has no effect with gate = 'none'; set"

@@ -5,15 +5,16 @@ TensorFlow only prepares token ids here. Layout and packing are numpy's
 iterators have no small state to continue from.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import difflib
 import functools
+from typing import Any
 
 import numpy as np
 import seqio
 import tensorflow as tf
 
-from calm_jax import batches, vocabularies
+from calm_jax import alignment, batches, vocabularies
 
 # The accelerator belongs to JAX. TensorFlow would take its memory.
 tf.config.set_visible_devices([], 'GPU')
@@ -170,6 +171,8 @@ def seqio_batches(
   shuffle: bool = True,
   truncate: str = 'error',
   targets_per_row: int | None = None,
+  vocabulary: vocabularies.Vocabulary | None = None,
+  readers: Mapping[str, alignment.Reader] | None = None,
 ) -> batches.ExampleBatches:
   """Returns the batches of a registered task or mixture, repeated for ever.
 
@@ -181,7 +184,8 @@ def seqio_batches(
   Args:
     mixture_or_task_name: a name that SeqIO knows.
     task_feature_lengths: lengths of 'targets' and, if the task has them,
-      'inputs'. Their sum is T, the slots of a row, as in T5X.
+      'inputs'. Their sum is T, the slots of a row, as in T5X. And S by name of
+      each reader.
     batch_size: B, rows in a global batch.
     seed: for the order, the mixing and stochastic preprocessors.
     split: which split of the task.
@@ -189,24 +193,29 @@ def seqio_batches(
     shuffle: whether to shuffle, with the buffer that the task declares.
     truncate: 'error', or 'skip' to leave out and count what is too long.
     targets_per_row: how many supervised positions a row may have, if limited.
+    vocabulary: of the anchor; it must be the one of the task.
+    readers: by name of each augmenting model with a vocabulary of its own; the
+      task must keep the text of its inputs as 'inputs_pretokenized'.
 
   Returns:
     A `BatchIterator`. Examples begin with the BOS of the 'targets' vocabulary,
     if it has one.
 
   Raises:
-    ValueError: if SeqIO does not know the name, or the task not the split.
+    ValueError: if SeqIO does not know the name, or the task not the split, or
+      its vocabulary is another than the anchor's.
   """
   provider = _provider(mixture_or_task_name, split)
   features = [f for f in ('inputs', 'targets') if f in provider.output_features]
-  if set(task_feature_lengths) != set(features):
-    raise ValueError(
-      f'{mixture_or_task_name!r} has the features {features}, and '
-      f'task_feature_lengths names {sorted(task_feature_lengths)}; give a '
-      'length for each feature and no other.'
-    )
+  readers = readers or {}
+  lengths = dict(task_feature_lengths)
+  _check_lengths(mixture_or_task_name, lengths, features, readers)
+  augmenting_lengths = {name: lengths.pop(name) for name in readers}
+  if vocabulary is not None:
+    _check_vocabulary(mixture_or_task_name, vocabulary)
+  features_vocabulary = provider.output_features['targets'].vocabulary
 
-  def make_examples(start: int) -> Iterator[dict[str, list[int]]]:
+  def make_examples(start: int) -> Iterator[dict[str, Any]]:
     dataset = provider.get_dataset(
       sequence_length=None,  # SeqIO would trim without a word.
       split=split,
@@ -214,24 +223,79 @@ def seqio_batches(
       seed=seed,
       num_epochs=None,
     )
-    dataset = dataset.map(lambda example: {f: example[f] for f in features})
-    dataset = dataset.skip(start).ragged_batch(_EXAMPLES).prefetch(1)
-    for chunk in dataset.with_options(_options()):
-      rows = {f: _lists(chunk[f]) for f in features}
-      for values in zip(*rows.values(), strict=True):
-        yield dict(zip(rows, values, strict=True))
+    examples = _examples(dataset, features, start, with_text=bool(readers))
+    if not readers:
+      return examples
+    anchor = task_vocabulary(mixture_or_task_name)
+    return alignment.read_examples(examples, readers, anchor=anchor)
 
-  vocabulary = provider.output_features['targets'].vocabulary
   return batches.ExampleBatches(
     make_examples,
     batch_size=batch_size,
-    length=sum(task_feature_lengths.values()),
+    length=sum(lengths.values()),
     pack=pack,
-    bos_id=_bos_id(vocabulary),
-    pad_id=vocabulary.pad_id,
+    bos_id=_bos_id(features_vocabulary),
+    pad_id=features_vocabulary.pad_id,
     truncate=truncate,
     targets_per_row=targets_per_row,
+    augmenting_lengths=augmenting_lengths,
   )
+
+
+def _examples(
+  dataset: tf.data.Dataset, features: list[str], start: int, *, with_text: bool
+) -> Iterator[dict[str, Any]]:
+  """Yields ids by feature from example `start` on, and the inputs' text."""
+  kept = list(features)
+  if with_text and 'inputs' in features:
+    kept.append('inputs_pretokenized')
+    if kept[-1] not in dataset.element_spec:
+      raise ValueError(
+        f'The task keeps no inputs_pretokenized, only'
+        f' {sorted(dataset.element_spec)}, and an augmenting model has a'
+        ' vocabulary of its own, which needs the text. Tokenize with'
+        ' copy_pretokenized=True.'
+      )
+  dataset = dataset.map(lambda example: {f: example[f] for f in kept})
+  dataset = dataset.skip(start).ragged_batch(_EXAMPLES).prefetch(1)
+  for chunk in dataset.with_options(_options()):
+    rows = {f: _lists(chunk[f]) for f in features}
+    if with_text:
+      texts = chunk.get('inputs_pretokenized')
+      size = len(next(iter(rows.values())))
+      texts = [b''] * size if texts is None else texts.numpy()
+      rows['text'] = [text.decode('utf-8') for text in texts]
+      rows.setdefault('inputs', [[]] * size)
+    for values in zip(*rows.values(), strict=True):
+      yield dict(zip(rows, values, strict=True))
+
+
+def _check_lengths(
+  mixture_or_task_name: str,
+  lengths: Mapping[str, int],
+  features: Iterable[str],
+  readers: Iterable[str],
+) -> None:
+  if set(lengths) != {*features, *readers}:
+    raise ValueError(
+      f'{mixture_or_task_name!r} has the features {features}, the augmenting '
+      f'models {sorted(readers)} have vocabularies of their own, and '
+      f'task_feature_lengths names {sorted(lengths)}; give a length for each '
+      'of these and no other.'
+    )
+
+
+def _check_vocabulary(
+  mixture_or_task_name: str, vocabulary: vocabularies.Vocabulary
+) -> None:
+  """Raises ValueError unless the task has the anchor's vocabulary."""
+  own = task_vocabulary(mixture_or_task_name)
+  if own.fingerprint() != vocabulary.fingerprint():
+    raise ValueError(
+      f'{mixture_or_task_name!r} is tokenized with a vocabulary of {own.size}'
+      f' words, and the anchor has another, of {vocabulary.size}. Register the'
+      ' task with the vocabulary of the anchor.'
+    )
 
 
 def task_vocabulary(mixture_or_task_name: str) -> vocabularies.Vocabulary:
@@ -248,80 +312,6 @@ def task_vocabulary(mixture_or_task_name: str) -> vocabularies.Vocabulary:
       ' data.SeqIOVocabulary in its features.'
     )
   return vocabulary.vocabulary
-
-
-class PrefixLMFeatureConverter(seqio.FeatureConverter):
-  """The layout of `calm_jax.batches`, one example a row, inside SeqIO.
-
-  For those who call `seqio.get_dataset` or `seqio.Evaluator` themselves; note
-  that these trim features to their lengths without a word.
-  """
-
-  _SPEC = seqio.FeatureConverter.FeatureSpec(dtype=tf.int32)
-  TASK_FEATURES = {'inputs': _SPEC, 'targets': _SPEC}
-  MODEL_FEATURES = {
-    'decoder_input_tokens': _SPEC,
-    'decoder_target_tokens': _SPEC,
-    'decoder_positions': _SPEC,
-    'decoder_segment_ids': _SPEC,
-    'decoder_loss_weights': seqio.FeatureConverter.FeatureSpec(
-      dtype=tf.float32
-    ),
-  }
-  PACKING_FEATURE_DTYPES = None
-
-  def __init__(
-    self, *, bos_id: int | None = None, pad_id: int = 0, pack: bool = False
-  ):
-    """Initialises the converter.
-
-    Args:
-      bos_id: what every sequence begins with, or None.
-      pad_id: what fills the slots of no segment.
-      pack: must be False.
-    """
-    if pack:
-      raise ValueError(
-        "pack=True: SeqIO's packer drops id 0, which is a word in many "
-        'vocabularies; use calm_jax.data.seqio_batches(..., pack=True).'
-      )
-    super().__init__(pack=False, bos_id=bos_id)
-    self._pad_id = pad_id
-
-  def _convert_features(
-    self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
-  ) -> tf.data.Dataset:
-    length = sum(task_feature_lengths.values())
-    bos = [] if self.bos_id is None else [self.bos_id]
-
-    def convert(example):
-      prefix = tf.concat([tf.constant(bos, tf.int32), example['inputs']], 0)
-      sequence = tf.concat([prefix, example['targets']], 0)
-      positions = tf.range(tf.maximum(tf.size(sequence) - 1, 0))
-
-      def pad(values, fill=0):
-        values = tf.pad(
-          values, [[0, length - tf.size(values)]], constant_values=fill
-        )
-        return tf.ensure_shape(values, [length])
-
-      return {
-        'decoder_input_tokens': pad(sequence[:-1], self._pad_id),
-        'decoder_target_tokens': pad(sequence[1:], self._pad_id),
-        'decoder_positions': pad(positions),
-        'decoder_segment_ids': pad(tf.ones_like(positions)),
-        'decoder_loss_weights': pad(
-          tf.cast(positions + 1 >= tf.size(prefix), tf.float32)
-        ),
-      }
-
-    return ds.map(convert, num_parallel_calls=_THREADS)
-
-  def get_model_feature_lengths(
-    self, task_feature_lengths: Mapping[str, int]
-  ) -> Mapping[str, int]:
-    length = sum(task_feature_lengths.values())
-    return dict.fromkeys(self.MODEL_FEATURES, length)
 
 
 def _provider(name: str, split: str) -> seqio.Task | seqio.Mixture:

@@ -6,12 +6,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from calm_jax.array_types import Params
+from calm_jax import sources
+from calm_jax.array_types import Batch, Params
 from calm_jax.composition import ComposedLM
+from calm_jax.models.config import TransformerConfig
 
 
 def least(
-  model: ComposedLM, params: Params, *, trainable: str, tokens: int, length: int
+  model: ComposedLM, params: Params, batch: Batch, *, trainable: str
 ) -> float:
   """Returns F_min, the FLOPs that one step cannot do without.
 
@@ -24,36 +26,47 @@ def least(
   Args:
     model: the composed model, or a decoder alone.
     params: nested parameters, arrays or shapes.
+    batch: arrays or shapes; what counts are their shapes, padding included.
     trainable: 'composition' or 'anchor'.
-    tokens: positions in a step, padding included.
-    length: positions in a row.
   """
+  rows, length = batch['decoder_input_tokens'].shape
   anchor, depth = model.anchor, model.anchor.depth
   blocks = _block_sizes(anchor, params['anchor'])
   head = anchor.config.vocab_size * anchor.width
-  self_attention = 4 * length * anchor.config.num_heads * anchor.config.head_dim
+  self_attention = _attention(anchor.config, length)
   forward = 2 * (sum(blocks) + head) + self_attention * depth
   if trainable == 'anchor':
-    return tokens * 3 * forward
+    return rows * length * 3 * forward
   lowest = model.composed_layers[0] + 1
   backward = 2 * (sum(blocks[lowest:]) + head)
   backward += 2 * self_attention * (depth - lowest)
-  augmenting = 0
+  total = rows * length * (forward + backward)
+  lengths = {}
   for name, tower in model.augmenting.items():
+    side = sources.side_of(batch, name)
+    lengths[name] = batch[f'{side}_input_tokens'].shape[1]
     stop = model.tapped_layers(name)[-1] + 1
-    config = tower.config
     sizes = _block_sizes(tower, params['augmenting'][name])[:stop]
-    augmenting += 2 * sum(sizes)
-    augmenting += stop * 4 * length * config.num_heads * config.head_dim
-  composition = 0
+    attention = stop * _attention(tower.config, lengths[name])
+    total += rows * lengths[name] * (2 * sum(sizes) + attention)
   for c in model.connections:
-    theta = params['composition'][c.key]
-    composition += 6 * _matrices(theta) + 3 * 4 * length * anchor.width
+    source = lengths[c.augmenting]
+    sizes = {
+      name: _matrices(one) for name, one in params['composition'][c.key].items()
+    }
     # The augmenting states are frozen, and so is the lowest block's query.
-    composition -= 2 * _matrices(theta['projection'])
+    read = 4 * sizes.pop('projection')
+    read += 6 * (sizes.pop('key') + sizes.pop('value'))
+    attend = 6 * sum(sizes.values()) + 3 * 4 * source * anchor.width
     if c.anchor_layer == model.composed_layers[0]:
-      composition -= 2 * _matrices(theta['query'])
-  return tokens * (forward + backward + augmenting + composition)
+      attend -= 2 * sizes['query']
+    total += rows * (source * read + length * attend)
+  return total
+
+
+def _attention(config: TransformerConfig, length: int) -> int:
+  """Returns the FLOPs a token and layer forward over `length` keys."""
+  return 4 * length * config.num_heads * config.head_dim
 
 
 def _block_sizes(tower: Any, params: Params) -> list[int]:

@@ -41,7 +41,6 @@ def seqio_batches(
   """See `calm_jax.data.seqio_batches`; imports TensorFlow when called."""
   from calm_jax import data
 
-  run.pop('vocabulary', None)  # a SeqIO task has its own
   return data.seqio_batches(
     mixture_or_task_name,
     task_feature_lengths=task_feature_lengths,
@@ -62,14 +61,14 @@ def task_vocabulary(mixture_or_task_name: str):
 
 def register() -> None:
   """Makes known to gin what a gin file may name; more than once is fine."""
-  from calm_jax import batches, evaluate, infer, train
+  from calm_jax import array_batches, evaluate, infer, train
 
   named = {
     'train': train.train,
     'evaluate': evaluate.evaluate,
     'infer': infer.infer,
     'seqio_batches': seqio_batches,
-    'npz_batches': batches.npz_batches,
+    'npz_batches': array_batches.npz_batches,
     'task_vocabulary': task_vocabulary,
     'ModelSpec': pretrained.ModelSpec,
     'pretrained_model': pretrained.pretrained_model,

@@ -4,6 +4,8 @@ import jax.numpy as jnp
 
 from calm_jax.array_types import Array
 
+NEVER = 2**30  # a position that no anchor reaches: what is seen from there on
+
 
 def causal_mask(segment_ids_BT: Array) -> Array:
   """Returns the mask of causal self-attention within segments.
@@ -54,7 +56,7 @@ def cross_mask(
     segment_ids_BT: int32 segments of the anchor, 0 is padding.
     augmenting_segment_ids_BS: int32 segments of the augmenting model.
     visible_from_BS: int32, the first anchor index that may read s. With one
-      shared tokenizer it is s itself.
+      shared tokenizer it is s itself; see `calm_jax.alignment` for two.
 
   Returns:
     bool [B, T, S]. Rows of padding queries are False throughout.
@@ -62,8 +64,16 @@ def cross_mask(
   index_T = jnp.arange(segment_ids_BT.shape[1])
   same_BTS = segment_ids_BT[:, :, None] == augmenting_segment_ids_BS[:, None, :]
   real_BS = augmenting_segment_ids_BS > 0
-  seen_BTS = visible_from_BS[:, None, :] <= index_T[None, :, None]
-  return same_BTS & real_BS[:, None, :] & seen_BTS
+  return (
+    same_BTS
+    & real_BS[:, None, :]
+    & visible_mask(visible_from_BS, index_T[None])
+  )
+
+
+def visible_mask(visible_from_BS: Array, index_BT: Array) -> Array:
+  """Returns where visible_from[s] <= index[t], bool [B, T, S]."""
+  return visible_from_BS[:, None, :] <= index_BT[:, :, None]
 
 
 def window_mask(mask_BTS: Array, distance_BTS: Array, window: Array) -> Array:

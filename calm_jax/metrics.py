@@ -8,10 +8,9 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
-import tensorboardX
 
 from calm_jax import trees
-from calm_jax.array_types import Params
+from calm_jax.array_types import Batch, Params
 from calm_jax.composition import ComposedLM
 from calm_jax.connections import EMBEDDING
 
@@ -37,6 +36,12 @@ def peak_flops() -> float | None:
     if kind.startswith(name):
       return peak * jax.device_count()
   return None
+
+
+def describe(model: ComposedLM, params: Params, *, trainable: str) -> str:
+  """Tells the connections, and how much is trained of how much."""
+  report = parameter_report(params, trainable=trainable)
+  return f'{connection_table(model)}\n{report}'
 
 
 def connection_table(model: ComposedLM) -> str:
@@ -102,7 +107,7 @@ class Log:
     first_step: int,
     last_step: int,
     schedule: Callable[[int], Any],
-    step_flops: Callable[[int, int], float],
+    step_flops: Callable[[Batch], float],
   ):
     """Opens the files; drops what was logged after the restored step.
 
@@ -111,7 +116,7 @@ class Log:
       first_step: steps already made.
       last_step: steps in the whole run.
       schedule: learning rate by step.
-      step_flops: F_min from tokens in a step and positions in a row.
+      step_flops: F_min of a batch.
     """
     self.last: dict[str, float] = {}
     self._steps = first_step, last_step
@@ -119,21 +124,23 @@ class Log:
     self._peak = peak_flops()
     self._file: TextIO | None = None
     if jax.process_index() == 0:
+      import tensorboardX  # imports torch, where that is installed
+
       directory.mkdir(parents=True, exist_ok=True)
       self._file = _reopen(directory / 'metrics.jsonl', first_step)
       self._board = tensorboardX.SummaryWriter(
         str(directory / 'tensorboard'), purge_step=first_step + 1
       )
 
-  def start(self, batch_shape: tuple[int, int], wait_seconds: float) -> None:
+  def start(self, batch: Batch, wait_seconds: float) -> None:
     """Starts the clock, once the step has compiled.
 
     Args:
-      batch_shape: [B, T].
+      batch: as every batch of this run is shaped.
       wait_seconds: time spent waiting for data until now.
     """
-    self._tokens = batch_shape[0] * batch_shape[1]
-    self._flops = self._step_flops(self._tokens, batch_shape[1])
+    self._tokens = batch['decoder_input_tokens'].size
+    self._flops = self._step_flops(batch)
     self._start = self._then = time.perf_counter()
     self._step, self._wait = self._steps[0] + 1, wait_seconds
 

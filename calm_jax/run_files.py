@@ -104,6 +104,31 @@ def check_models(
   check_fingerprints(expected, actual, where=directory)
 
 
+def check_run(
+  directory: pathlib.Path,
+  model: ComposedLM,
+  specs: Mapping[str, pretrained.ModelSpec],
+) -> None:
+  """Raises ValueError if the directory holds a run of something else."""
+  if not (directory / CONFIG_FILE).exists():
+    return
+  check_models(directory, specs)
+  begun, _ = read_config(directory)
+  if begun.mapping.connections != model.connections:
+    raise ValueError(
+      f'{directory} holds a run with the connections'
+      f' {[c.key for c in begun.mapping.connections]}; this one has'
+      f' {[c.key for c in model.connections]}. Choose another MODEL_DIR.'
+    )
+  wanted = dataclasses.replace(model.composition, mapping=begun.mapping)
+  for name, value in vars(begun).items():
+    if getattr(wanted, name) != value:
+      raise ValueError(
+        f'{directory} holds a run with CompositionConfig.{name} = {value!r};'
+        f' this one has {getattr(wanted, name)!r}. Choose another MODEL_DIR.'
+      )
+
+
 def write_composition(directory: pathlib.Path, composition: Params) -> None:
   """Writes Theta_C, and nothing else, as safetensors."""
   tensors = {

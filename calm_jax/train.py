@@ -6,7 +6,6 @@ Read `train` from top to bottom: its stages are in the order of execution.
 """
 
 from collections.abc import Callable, Mapping
-import dataclasses
 import functools
 import pathlib
 from typing import Literal
@@ -30,7 +29,7 @@ from calm_jax.array_types import Params
 from calm_jax.batches import BatchIterator
 from calm_jax.composition import ComposedLM
 from calm_jax.connections import CompositionConfig
-from calm_jax.models import pretrained, transformer
+from calm_jax.models import pretrained, stacking
 from calm_jax.models.pretrained import ModelSpec
 from calm_jax.prefetch import Prefetcher
 
@@ -64,7 +63,7 @@ def train(
   Args:
     model_dir: where everything is written; a second call continues there.
     anchor: the model that is extended, or trained from scratch.
-    make_batches: returns global batches; called as `batches.npz_batches` is.
+    make_batches: returns global batches; called as `npz_batches` is.
     train_steps: updates in the whole run, resumed parts included.
     batch_size: rows of a global batch.
     augmenting: frozen models that are read, by name.
@@ -102,21 +101,21 @@ def train(
   _check(model, trainable, *sizes, embedding_noise, mesh)
   boxed = jax.eval_shape(model.init_params, jax.random.key(random_seed))
   places = sharding.param_shardings(boxed, mesh)
-  limit = {'targets_per_row': targets_per_row} if targets_per_row else {}
-  limit |= {'seed': random_seed, 'vocabulary': anchor.vocabulary}
-  batches = make_batches(batch_size=batch_size, **limit)
+  batches = make_batches(
+    batch_size=batch_size,
+    seed=random_seed,
+    vocabulary=anchor.vocabulary,
+    readers=assembly.build_readers(anchor, augmenting, composition),
+    targets_per_row=targets_per_row,
+  )
   shapes = nn.unbox(boxed)
-  say(metrics.connection_table(model))
-  say(metrics.parameter_report(shapes, trainable=trainable))
+  say(metrics.describe(model, shapes, trainable=trainable))
 
   # --- Frozen weights --------------------------------------------------------
   frozen = {}
   if trainable == 'composition':
     specs = {'anchor': anchor, **augmenting}
-    _check_directory(directory, model, specs)
-    loaded = assembly.load_all(model, specs, mesh=mesh, seed=random_seed)
-    frozen = assembly.frozen_tree(loaded)
-    _claim_directory(directory, model, loaded)
+    frozen = _load_frozen(directory, model, specs, mesh=mesh, seed=random_seed)
   if summarize_config is not None and jax.process_index() == 0:
     summarize_config(directory)
 
@@ -158,8 +157,8 @@ def train(
     first_step=first_step,
     last_step=train_steps,
     schedule=optimizer.schedule(train_steps),
-    step_flops=lambda tokens, length: flops.least(
-      model, shapes, trainable=trainable, tokens=tokens, length=length
+    step_flops=functools.partial(
+      flops.least, model, shapes, trainable=trainable
     ),
   )
   try:
@@ -170,7 +169,7 @@ def train(
         state, measured = step_fn(state, frozen, placed)
         if step == first_step + 1:  # compiled: the clock starts here
           jax.block_until_ready(state.step)
-          log.start(batch['decoder_input_tokens'].shape, feed.wait_seconds)
+          log.start(batch, feed.wait_seconds)
         if step % log_every == 0 or step == train_steps:
           log.write(step, measured, wait_seconds=feed.wait_seconds)
         if step % checkpoint_every == 0 or step == train_steps:
@@ -223,35 +222,17 @@ def _check(
   sharding.check_batch_size(batch_size // microbatches, mesh)
 
 
-def _check_directory(
-  directory: pathlib.Path, model: ComposedLM, specs: Mapping[str, ModelSpec]
-) -> None:
-  """Raises ValueError if the directory holds a run of something else."""
-  if not (directory / run_files.CONFIG_FILE).exists():
-    return
-  run_files.check_models(directory, specs)
-  begun, _ = run_files.read_config(directory)
-  if begun.mapping.connections != model.connections:
-    raise ValueError(
-      f'{directory} holds a run with the connections'
-      f' {[c.key for c in begun.mapping.connections]}; this one has'
-      f' {[c.key for c in model.connections]}. Choose another MODEL_DIR.'
-    )
-  wanted = dataclasses.replace(model.composition, mapping=begun.mapping)
-  for name, value in vars(begun).items():
-    if getattr(wanted, name) != value:
-      raise ValueError(
-        f'{directory} holds a run with CompositionConfig.{name} = {value!r};'
-        f' this one has {getattr(wanted, name)!r}. Choose another MODEL_DIR.'
-      )
-
-
-def _claim_directory(
+def _load_frozen(
   directory: pathlib.Path,
   model: ComposedLM,
-  loaded: Mapping[str, assembly.Loaded],
-) -> None:
-  """Writes calm_config.json, or checks that random weights are as they were."""
+  specs: Mapping[str, ModelSpec],
+  *,
+  mesh: Mesh,
+  seed: int,
+) -> Params:
+  """Loads the frozen models, which must be those of the run in `directory`."""
+  run_files.check_run(directory, model, specs)
+  loaded = assembly.load_all(model, specs, mesh=mesh, seed=seed)
   for name, one in loaded.items():
     say(f'{name}: {one.origin}, fingerprint {one.fingerprint[:16]}, frozen')
   fingerprints = {name: one.fingerprint for name, one in loaded.items()}
@@ -260,6 +241,7 @@ def _claim_directory(
     run_files.check_fingerprints(expected, fingerprints, where=directory)
   elif jax.process_index() == 0:
     run_files.write_config(directory, model, fingerprints)
+  return assembly.frozen_tree(loaded)
 
 
 def _restore(
@@ -310,7 +292,7 @@ def _export(
   pretrained.write_model(
     directory / 'model',
     config=anchor.config,
-    params=transformer.restack(
+    params=stacking.restack(
       trained['anchor'], source=model.anchor, target=loop
     ),
     vocabulary=anchor.vocabulary,

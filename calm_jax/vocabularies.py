@@ -1,177 +1,131 @@
 """Vocabularies: text to token ids and back, without TensorFlow.
 
 Nothing here assumes which ids the special tokens have. Id 0 may be a word, and
-any special token may be missing (None).
+any special token may be missing (None). `calm_jax.text` holds the kinds.
 """
 
-from collections.abc import Iterable, Sequence
-import hashlib
-import json
+from collections.abc import Iterable, Mapping, Sequence
 import pathlib
-from typing import Protocol
+from typing import Any, Protocol
 
 import tokenizers
 
-TOKENIZER_FILE = 'tokenizer.json'
-CONFIG_FILE = 'tokenizer_config.json'
-_SPECIALS = ('bos_token', 'eos_token', 'pad_token', 'unk_token')
+from calm_jax.text import (
+  base,
+  files,
+  sentencepiece_vocabulary,
+  tokenizers_vocabulary,
+)
+from calm_jax.text import settings as settings_lib
+from calm_jax.text.byte_vocabularies import ByT5Vocabulary, ByteVocabulary
+from calm_jax.text.sentencepiece_vocabulary import SentencePieceVocabulary
+from calm_jax.text.tokenizers_vocabulary import TokenizersVocabulary
+
+TOKENIZER_FILE = tokenizers_vocabulary.TOKENIZER_FILE
+CONFIG_FILE = settings_lib.CONFIG_FILE
+with_bos = base.with_bos
 
 
 class Vocabulary(Protocol):
-  """What the rest of the library asks of a vocabulary."""
+  """What the rest of the library asks of a vocabulary.
+
+  `calm_jax.text.base.BaseVocabulary` says what the special ids mean.
+  """
 
   size: int
-  pad_id: int | None
   bos_id: int | None
   eos_id: int | None
+  eos_ids: tuple[int, ...]
+  pad_id: int | None
   unk_id: int | None
+  ends_with_eos: bool
 
   def encode(self, text: str) -> list[int]:
-    """Returns the ids of `text`, without BOS or EOS."""
+    """Returns the ids of `text`, without BOS or EOS.
+
+    Special tokens spelled out in the text become those tokens, as in
+    transformers, unless the vocabulary was loaded with split_special_tokens.
+    """
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     """Returns `encode` of each text, much faster than one at a time."""
 
+  def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+    """Returns `encode(text)`, and where in the text each token ends.
+
+    An end is the number of UTF-8 bytes of the text that must be read to know
+    the token. Ends never decrease; the last is the length of the text, or less
+    if the tokenizer drops what follows.
+    """
+
+  def token_bytes(self, index: int) -> bytes | None:
+    """Returns the bytes a token stands for in the middle of a text.
+
+    A space before it counts as its own. None for special and unknown tokens,
+    and for ids without a token.
+    """
+
   def decode(self, ids: Iterable[int]) -> str:
-    """Returns the text of `ids`, skipping BOS, EOS and padding."""
+    """Returns the text of `ids`, skipping special tokens but the unknown."""
+
+  def apply_chat_template(
+    self,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool = True,
+    **variables: Any,
+  ) -> str:
+    """Returns a conversation as text; ValueError without a template."""
+
+  def encode_chat(
+    self, messages: Sequence[Mapping[str, Any]], **settings: Any
+  ) -> list[int]:
+    """Returns the ids of a conversation; BOS is there if the model wants it."""
 
   def fingerprint(self) -> str:
     """Returns the SHA-256 of the vocabulary with its special ids."""
 
-
-class TokenizersVocabulary:
-  """A Hugging Face `tokenizer.json` with its special tokens by name."""
-
-  def __init__(
-    self,
-    tokenizer: tokenizers.Tokenizer,
-    *,
-    bos_token: str | None = None,
-    eos_token: str | None = None,
-    pad_token: str | None = None,
-    unk_token: str | None = None,
-  ):
-    """Wraps `tokenizer`, which from now on neither truncates nor pads.
-
-    Args:
-      tokenizer: a tokenizer of the `tokenizers` library.
-      bos_token: text of the token that begins a sequence, if there is one.
-      eos_token: text of the token that ends a sequence, if there is one.
-      pad_token: text of the padding token, if there is one.
-      unk_token: text of the token for unknown words, if there is one.
-
-    Raises:
-      ValueError: if a special token is not in the tokenizer's vocabulary.
-    """
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    self._tokenizer = tokenizer
-    self._names = dict(
-      zip(_SPECIALS, (bos_token, eos_token, pad_token, unk_token), strict=True)
-    )
-    # Not the count of tokens: ids may have holes, an embedding may not.
-    self.size = 1 + max(tokenizer.get_vocab().values())
-    self.bos_id, self.eos_id, self.pad_id, self.unk_id = (
-      self._special_id(role) for role in _SPECIALS
-    )
-    # The unknown token stays visible: without it a wrong answer could read
-    # like a right one.
-    self._skipped = {self.bos_id, self.eos_id, self.pad_id}
-
-  def _special_id(self, role: str) -> int | None:
-    token = self._names[role]
-    if token is None:
-      return None
-    index = self._tokenizer.token_to_id(token)
-    if index is None:
-      raise ValueError(
-        f'{role} is {token!r}, which is not among the {self.size} tokens of '
-        f'the tokenizer; name one of its tokens in {CONFIG_FILE}, or null.'
-      )
-    return index
-
-  @classmethod
-  def from_directory(cls, path: str | pathlib.Path) -> 'TokenizersVocabulary':
-    """Reads `tokenizer.json` and the token names in `tokenizer_config.json`.
-
-    Args:
-      path: a directory, as Hugging Face models are published.
-
-    Returns:
-      The vocabulary.
-
-    Raises:
-      ValueError: if a file is missing or malformed.
-    """
-    directory = pathlib.Path(path)
-    text = _read(directory / TOKENIZER_FILE)
-    try:
-      tokenizer = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # The library raises bare `Exception`.
-      raise ValueError(
-        f'{directory / TOKENIZER_FILE} is not a tokenizer that tokenizers '
-        f'{tokenizers.__version__} can read ({error}); copy the file again, '
-        'or install the version that wrote it.'
-      ) from error
-    config_file = directory / CONFIG_FILE
-    try:
-      config = json.loads(_read(config_file))
-      names = {role: _token_text(config.get(role)) for role in _SPECIALS}
-    except (json.JSONDecodeError, AttributeError, KeyError) as error:
-      raise ValueError(
-        f'{config_file} must be a JSON object in which {", ".join(_SPECIALS)} '
-        "are a string, an object with 'content', or null; copy it again from "
-        'the model, or correct it.'
-      ) from error
-    return cls(tokenizer, **names)
-
   def save(self, directory: str | pathlib.Path) -> None:
-    """Writes both files; `from_directory` reads them to the same thing."""
-    directory = pathlib.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    self._tokenizer.save(str(directory / TOKENIZER_FILE))
-    config = json.dumps(self._names, indent=2, ensure_ascii=False)
-    (directory / CONFIG_FILE).write_text(config + '\n', encoding='utf-8')
-
-  def encode(self, text: str) -> list[int]:
-    return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    encodings = self._tokenizer.encode_batch_fast(
-      list(texts), add_special_tokens=False
-    )
-    return [encoding.ids for encoding in encodings]
-
-  def decode(self, ids: Iterable[int]) -> str:
-    return self._tokenizer.decode(
-      [int(i) for i in ids if i not in self._skipped], skip_special_tokens=True
-    )
-
-  def fingerprint(self) -> str:
-    tokenizer = json.loads(self._tokenizer.to_str())
-    return _digest({'tokenizer': tokenizer, 'specials': _special_ids(self)})
+    """Writes files which `load_vocabulary` reads to the same thing."""
 
 
-class ByteVocabulary:
-  """The 256 bytes of UTF-8 text, then BOS, EOS and padding."""
+def load_vocabulary(
+  path: str | pathlib.Path, *, split_special_tokens: bool | None = None
+) -> Vocabulary:
+  """Loads the tokenizer in a model's directory.
 
-  size = 259
-  bos_id = 256
-  eos_id = 257
-  pad_id = 258
-  unk_id = None
+  Args:
+    path: the directory. tokenizer.json is preferred to a SentencePiece model
+      (tokenizer.model, spiece.model); bytes need only tokenizer_config.json.
+    split_special_tokens: whether the text of a special token is encoded like
+      any other text, for texts that are not trusted; None does as
+      tokenizer_config.json says, which is seldom.
 
-  def encode(self, text: str) -> list[int]:
-    return list(text.encode('utf-8'))
-
-  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    return [self.encode(text) for text in texts]
-
-  def decode(self, ids: Iterable[int]) -> str:
-    return bytes(i for i in ids if i < 256).decode('utf-8', errors='replace')
-
-  def fingerprint(self) -> str:
-    return _digest({'tokenizer': 'bytes', 'specials': _special_ids(self)})
+  Raises:
+    ValueError: if there is no tokenizer, or a file of it is malformed.
+  """
+  directory = pathlib.Path(path)
+  kinds = {TOKENIZER_FILE: TokenizersVocabulary} | dict.fromkeys(
+    sentencepiece_vocabulary.MODEL_FILES, SentencePieceVocabulary
+  )
+  split = {'split_special_tokens': split_special_tokens}
+  for name, kind in kinds.items():
+    if files.exists(directory / name):
+      return kind.from_directory(directory, **split)
+  settings = settings_lib.read_settings(directory)
+  for kind in (ByT5Vocabulary, ByteVocabulary):
+    if settings.tokenizer_class == kind.tokenizer_class:
+      return kind.from_directory(directory, **split)
+  slow = files.exists(directory / 'vocab.json') and (
+    ' It has a vocab.json: transformers turns that into a tokenizer.json by '
+    'AutoTokenizer.from_pretrained(path).save_pretrained(path).'
+  )
+  raise ValueError(
+    f'{directory} has no tokenizer: none of {", ".join(kinds)}, nor '
+    f'{CONFIG_FILE} with the tokenizer_class {ByT5Vocabulary.tokenizer_class} '
+    f'(it has {settings.tokenizer_class or "none"!r}). Copy the files from the '
+    f'model.{slow or ""}'
+  )
 
 
 def word_vocabulary(
@@ -236,33 +190,3 @@ def word_vocabulary(
     pad_token=pad_token,
     unk_token=unk_token,
   )
-
-
-def _read(file: pathlib.Path) -> str:
-  try:
-    return file.read_text(encoding='utf-8')
-  except (OSError, UnicodeDecodeError) as error:
-    raise ValueError(
-      f'{file} cannot be read ({error}); a vocabulary is a directory with '
-      f'{TOKENIZER_FILE} and {CONFIG_FILE}. Name the directory of the model, '
-      'or convert its tokenizer to this form.'
-    ) from error
-
-
-def _token_text(entry: str | dict | None) -> str | None:
-  """Returns the text of a token as `tokenizer_config.json` spells it."""
-  return entry if entry is None or isinstance(entry, str) else entry['content']
-
-
-def _special_ids(vocabulary: Vocabulary) -> list[int | None]:
-  return [
-    vocabulary.bos_id,
-    vocabulary.eos_id,
-    vocabulary.pad_id,
-    vocabulary.unk_id,
-  ]
-
-
-def _digest(content: dict) -> str:
-  text = json.dumps(content, sort_keys=True, ensure_ascii=True)
-  return hashlib.sha256(text.encode('ascii')).hexdigest()

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from calm_jax import batches, vocabularies
+from calm_jax import array_batches, batches, vocabularies
 from calm_jax.prefetch import Prefetcher
 
 _KEYS = {
@@ -146,7 +146,7 @@ def test_array_batches_resume_and_cover_every_epoch():
   }
 
   def make():
-    return batches.ArrayBatches(rows, batch_size=3, seed=4)
+    return array_batches.ArrayBatches(rows, batch_size=3, seed=4)
 
   original, states, expected = make(), [], []
   for _ in range(7):
@@ -160,18 +160,18 @@ def test_array_batches_resume_and_cover_every_epoch():
   for state, batch in zip(states, expected, strict=True):
     resumed.restore(state)
     _assert_equal(next(resumed), batch)
-  other = batches.ArrayBatches(rows, batch_size=3, seed=5)
+  other = array_batches.ArrayBatches(rows, batch_size=3, seed=5)
   assert next(other)['decoder_input_tokens'][:, 0].tolist() != seen[0]
-  plain = batches.ArrayBatches(rows, batch_size=3, seed=4, shuffle=False)
+  plain = array_batches.ArrayBatches(rows, batch_size=3, seed=4, shuffle=False)
   assert next(plain)['decoder_input_tokens'][:, 0].tolist() == [0, 1, 2]
 
 
 def test_array_batches_errors():
   rows = {'decoder_loss_weights': np.zeros((4, 2), np.float32)}
   with pytest.raises(ValueError, match='no supervised token'):
-    next(batches.ArrayBatches(rows, batch_size=2, seed=0))
+    next(array_batches.ArrayBatches(rows, batch_size=2, seed=0))
   with pytest.raises(ValueError, match='enough for one batch'):
-    batches.ArrayBatches(rows, batch_size=5, seed=0)
+    array_batches.ArrayBatches(rows, batch_size=5, seed=0)
 
 
 def test_too_long_is_an_error_or_counted():
@@ -300,10 +300,14 @@ def test_npz_rows_are_batches(tmp_path):
   rows['decoder_loss_weights'][:, :3] = 1
   np.savez(tmp_path / 'rows.npz', **rows)
   path = str(tmp_path / 'rows.npz')
-  batch = next(batches.npz_batches(path=path, batch_size=2, seed=0))
+  batch = next(array_batches.npz_batches(path=path, batch_size=2, seed=0))
   assert batch['decoder_loss_weights'].sum() == 6
   with pytest.raises(ValueError, match='3 supervised positions'):
-    batches.npz_batches(path=path, batch_size=2, seed=0, targets_per_row=2)
+    array_batches.npz_batches(
+      path=path, batch_size=2, seed=0, targets_per_row=2
+    )
   np.savez(tmp_path / 'other.npz', tokens=np.zeros(3))
   with pytest.raises(ValueError, match='decoder_input_tokens'):
-    batches.npz_batches(path=str(tmp_path / 'other.npz'), batch_size=2, seed=0)
+    array_batches.npz_batches(
+      path=str(tmp_path / 'other.npz'), batch_size=2, seed=0
+    )

@@ -254,9 +254,9 @@ def test_metrics_are_cut_to_the_restored_step(tmp_path):
     first_step=2,
     last_step=9,
     schedule=lambda step: 0.5,
-    step_flops=lambda tokens, length: 1.0,
+    step_flops=lambda batch: 1.0,
   )
-  log.start((2, 3), 0.0)
+  log.start({'decoder_input_tokens': np.zeros((2, 3))}, 0.0)
   measured = {'loss': 2.0, 'accuracy': 0.0, 'dropped_targets': 0.0}
   log.write(5, measured, wait_seconds=0.0)
   with pytest.raises(FloatingPointError, match='loss of step 6 is nan'):

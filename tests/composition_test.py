@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from calm_jax import composition, connections, cross_attention
-from calm_jax.models import transformer
+from calm_jax.models import stacking
 from tests import tiny, toys
 
 DTYPES = ['float32', 'bfloat16']
@@ -224,11 +224,11 @@ def test_scanned_and_looped_stacks_agree():
   loop, scan = tiny.composed(), tiny.composed(stack='scan')
   params = toys.params(loop)
   restacked = {
-    'anchor': transformer.restack(
+    'anchor': stacking.restack(
       params['anchor'], source=loop.anchor, target=scan.anchor
     ),
     'augmenting': {
-      'code': transformer.restack(
+      'code': stacking.restack(
         params['augmenting']['code'],
         source=loop.augmenting['code'],
         target=scan.augmenting['code'],
@@ -244,7 +244,7 @@ def test_scanned_and_looped_stacks_agree():
   tiny.assert_close(
     tiny.logits(scan, restacked, batch), tiny.logits(loop, params, batch)
   )
-  back = transformer.restack(
+  back = stacking.restack(
     restacked['anchor'], source=scan.anchor, target=loop.anchor
   )
   jax.tree.map(np.testing.assert_array_equal, back, params['anchor'])

@@ -1,5 +1,6 @@
 """Tests of calm_jax.data."""
 
+import functools
 import itertools
 import json
 
@@ -8,8 +9,9 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from calm_jax import batches, data, vocabularies
+from calm_jax import batches, data, feature_converters, vocabularies
 from calm_jax.prefetch import Prefetcher
+from tests import tokens
 
 _LENGTHS = {'inputs': 4, 'targets': 6}
 _WORDS = ('zero', 'a', 'b', 'c', 'd', 'e')
@@ -85,6 +87,45 @@ def test_vocabulary_in_tensorflow_equals_python():
   assert vocabulary.vocab_size == len(_WORDS) + 3
   assert vocabulary == _vocabulary()
   assert vocabulary != _vocabulary('<s>')
+
+
+def _byte_level_and_sentencepiece(directory):
+  """Two vocabularies of published kinds, as SeqIO sees them."""
+  tokens.write(directory / 'a', *tokens.llama3())
+  (directory / 'b').mkdir()
+  model = tokens.llama_sentencepiece()
+  (directory / 'b' / 'tokenizer.model').write_bytes(model)
+  return [
+    data.SeqIOVocabulary(
+      functools.partial(vocabularies.load_vocabulary, directory / name)
+    )
+    for name in 'ab'
+  ]
+
+
+def test_features_of_two_kinds_of_vocabulary(tmp_path):
+  first, second = _byte_level_and_sentencepiece(tmp_path)
+  features = {
+    'inputs': seqio.Feature(first, add_eos=False),
+    'targets': seqio.Feature(second),
+  }
+  texts = ['a \U0001f600 b', '', ' e\u0301\r\n 12', 'the<|eot_id|>']
+  source = tf.data.Dataset.from_tensor_slices(
+    {'inputs': texts, 'targets': texts[::-1]}
+  )
+  tokenized = data.tokenize_batched(source, features, copy_pretokenized=False)
+  tokenized = seqio.preprocessors.append_eos(tokenized, features)
+  rows = list(tokenized.as_numpy_iterator())
+  for row, text, target in zip(rows, texts, texts[::-1], strict=True):
+    assert row['inputs'].tolist() == first.vocabulary.encode(text)
+    assert row['targets'].tolist() == [*second.vocabulary.encode(target), 2]
+    encoded = second.encode_tf(tf.constant(target))
+    np.testing.assert_array_equal(encoded, row['targets'][:-1])
+    assert second.decode_tf(row['targets']).numpy().decode() == target
+  assert rows[-1]['inputs'].tolist()[-1] == 570
+  assert (first.bos_id, second.bos_id) == (568, 1)
+  assert first.vocab_size == 573 and second.vocab_size == 600
+  assert first != second
 
 
 @pytest.mark.parametrize('with_eos', [True, False])
@@ -186,7 +227,7 @@ def test_feature_converter_equals_numpy(bos_token):
     lambda: iter(examples),
     output_signature=dict.fromkeys(_LENGTHS, tf.TensorSpec([None], tf.int32)),
   )
-  converter = data.PrefixLMFeatureConverter(
+  converter = feature_converters.PrefixLMFeatureConverter(
     bos_id=vocabulary.bos_id, pad_id=vocabulary.pad_id
   )
   converted = converter(dataset, _LENGTHS).batch(3).as_numpy_iterator()
@@ -203,4 +244,4 @@ def test_feature_converter_equals_numpy(bos_token):
 
 def test_feature_converter_refuses_to_pack():
   with pytest.raises(ValueError, match=r'drops id 0.*seqio_batches'):
-    data.PrefixLMFeatureConverter(pack=True)
+    feature_converters.PrefixLMFeatureConverter(pack=True)

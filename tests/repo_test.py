@@ -21,39 +21,59 @@ PACKAGE = ROOT / 'calm_jax'
 # A module imports from lower floors; the table below allows the few others.
 FLOORS = (
   'array_types trees',
-  'masks losses sharding vocabularies',
+  'masks losses sharding vocabularies text.files text.settings'
+  ' text.added_tokens text.ends text.chat_process text.chat_templates text.base'
+  ' text.byte_vocabularies text.sentencepiece_vocabulary'
+  ' text.tokenizers_vocabulary alignment',
   'models.layers models.config models.attention models.transformer'
-  ' models.number_embeddings models.pretrained',
-  'connections cross_attention composition',
-  'optimizers train_state batches prefetch data checkpoints'
-  ' metrics flops assembly run_files',
+  ' models.encoder models.stacking models.number_embeddings models.pretrained',
+  'connections cross_attention sources composition',
+  'optimizers train_state batches array_batches prefetch data'
+  ' feature_converters checkpoints metrics flops assembly run_files',
   'train_step decoding evaluation',
   'api evaluate infer train gin_setup',
 )
 # What a module may import of its own floor.
 WITHIN_A_FLOOR = {
   'sharding': '',
+  'alignment': 'vocabularies',
+  'text.settings': 'text.files',
+  'text.chat_templates': 'text.files',
+  'text.base': 'text.chat_templates text.settings',
+  'text.byte_vocabularies': 'text.added_tokens text.base text.chat_templates'
+  ' text.settings',
+  'text.sentencepiece_vocabulary': 'text.added_tokens text.base'
+  ' text.chat_templates text.ends text.files text.settings',
+  'text.tokenizers_vocabulary': 'text.base text.chat_templates text.ends'
+  ' text.files text.settings',
+  'vocabularies': 'text.base text.byte_vocabularies text.files text.settings'
+  ' text.sentencepiece_vocabulary text.tokenizers_vocabulary',
   'models.config': 'models.layers',
   'models.attention': 'models.layers models.config',
   'models.transformer': 'models.layers models.config models.attention',
+  'models.encoder': 'models.attention models.transformer',
+  'models.stacking': 'models.transformer',
   'models.pretrained': 'models.layers models.config models.number_embeddings',
   'cross_attention': 'connections',
-  'composition': 'connections cross_attention',
+  'composition': 'connections cross_attention sources',
   'checkpoints': 'train_state',
   'data': 'batches',
+  'array_batches': 'batches',
   'prefetch': 'batches',
   'evaluate': 'api',
   'infer': 'evaluate',
   'gin_setup': 'evaluate infer train',
 }
-NO_FLOOR = {'__init__', 'models.__init__'}  # import nothing of ours
+# These import nothing of ours.
+NO_FLOOR = {'__init__', 'models.__init__', 'text.__init__'}
 # Who may import a library at all, be it inside a function.
 DOORWAYS = {
+  'jinja2': {'text.chat_process'},
   'gin': {'gin_setup'},
   'absl': {'gin_setup'},
   'orbax': {'checkpoints'},
-  'seqio': {'data', 'evaluation'},
-  'tensorflow': {'data', 'evaluation'},
+  'seqio': {'data', 'feature_converters', 'evaluation'},
+  'tensorflow': {'data', 'feature_converters', 'evaluation'},
   'torch': set(),
   'transformers': set(),
 }

@@ -64,6 +64,15 @@ FAMILIES = {
   'mistral': {'window_pattern': (5,)},
   'qwen2': {'attention_bias': 'qkv', 'tie_embeddings': False},
   'qwen3': {'query_key_norm': 'rms', 'head_dim': 16},
+  't5x': {
+    'position_encoding': 'relative_bias',
+    'relative_buckets': 8,
+    'relative_max_distance': 6,
+    'attention_scale': 1.0,
+    'logits_scale': 32**-0.5,
+    'mlp': 'plain',
+    'activation': 'relu',
+  },
 }
 
 

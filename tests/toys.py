@@ -60,3 +60,41 @@ def model_directory(directory, config, *, seed=0, words=None):
     params=params(transformer.DecoderLM(config), seed=seed),
     vocabulary=words or vocabulary(config.vocab_size),
   )
+
+
+class PieceVocabulary:
+  """Pieces of text, the longest that fits first; then BOS, EOS and unknown."""
+
+  def __init__(self, pieces, *, bos=True, ends_with_eos=False):
+    self._pieces = [piece.encode() for piece in pieces]
+    self.size = len(pieces) + 3
+    self.bos_id = len(pieces) if bos else None
+    self.eos_id, self.unk_id, self.pad_id = self.size - 2, self.size - 1, None
+    self.ends_with_eos = ends_with_eos
+
+  def encode_with_ends(self, text):
+    rest, ids, ends = text.encode(), [], []
+    total = len(rest)
+    while rest:
+      fits = [p for p in self._pieces if rest.startswith(p)]
+      piece = max(fits, key=len, default=rest[:1])
+      ids.append(self._pieces.index(piece) if fits else self.unk_id)
+      rest = rest[len(piece) :]
+      ends.append(total - len(rest))
+    return ids, ends
+
+  def encode(self, text):
+    return self.encode_with_ends(text)[0]
+
+  def encode_batch(self, texts):
+    return [self.encode(text) for text in texts]
+
+  def token_bytes(self, index):
+    return self._pieces[index] if index < len(self._pieces) else None
+
+  def decode(self, ids):
+    pieces = [self.token_bytes(i) or b'' for i in ids]
+    return b''.join(pieces).decode(errors='replace')
+
+  def fingerprint(self):
+    return repr((self._pieces, self.bos_id, self.ends_with_eos))

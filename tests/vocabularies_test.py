@@ -129,9 +129,16 @@ def test_missing_and_malformed_files(tmp_path):
   config.write_text('{"eos_token": "<nowhere>"}')
   with pytest.raises(ValueError, match="eos_token is '<nowhere>'"):
     read(tmp_path)
-  for text in ('not json', '[]', '{"eos_token": {}}'):
+  for text, error in {
+    'not json': 'must be a JSON object',
+    '[]': 'must be a JSON object .*holds a list',
+    '{"eos_token": "a", "eos_token": "b"}': "'eos_token' occurs twice",
+    '{"eos_token": {}}': 'eos_token = {}; .*must be a string',
+    '{"eos_token": 7}': 'eos_token = 7; .*must be a string',
+    '{"add_bos_token": "no"}': "add_bos_token = 'no'; it must be true",
+  }.items():
     config.write_text(text)
-    with pytest.raises(ValueError, match='must be a JSON object'):
+    with pytest.raises(ValueError, match=error):
       read(tmp_path)
   config.unlink()
   with pytest.raises(ValueError, match=r'tokenizer_config\.json cannot be'):

@@ -48,12 +48,14 @@ class Positions:
   Attributes:
     positions_BT: int32, restarting at 0 in each segment.
     mask_BTS: bool, before any window.
-    distance_BTS: int32, query position - key position, for windows.
+    distance_BTS: int32, query position - key position, for windows and biases.
+    bias_BNTS: added to the attention logits, or None.
   """
 
   positions_BT: Array
   mask_BTS: Array
   distance_BTS: Array
+  bias_BNTS: Array | None = None
 
   @classmethod
   def full(cls, positions_BT: Array, segment_ids_BT: Array) -> 'Positions':
@@ -61,6 +63,17 @@ class Positions:
     return cls(
       positions_BT=positions_BT,
       mask_BTS=masks.causal_mask(segment_ids_BT),
+      distance_BTS=positions_BT[:, :, None] - positions_BT[:, None, :],
+    )
+
+  @classmethod
+  def bidirectional(
+    cls, positions_BT: Array, segment_ids_BT: Array
+  ) -> 'Positions':
+    """A whole sequence at once, each position reading all of its segment."""
+    return cls(
+      positions_BT=positions_BT,
+      mask_BTS=segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :],
       distance_BTS=positions_BT[:, :, None] - positions_BT[:, None, :],
     )
 
@@ -83,6 +96,7 @@ def attend(
   *,
   scale: float,
   softcap: float | None = None,
+  bias_BNTS: Array | None = None,
 ) -> Array:
   """Computes softmax(scale q k^T) v with grouped heads (arXiv 2305.13245).
 
@@ -93,6 +107,7 @@ def attend(
     mask_BTS: bool; a query that sees nothing gets zeros.
     scale: multiplies the dot products.
     softcap: if given, logits become softcap * tanh(logits / softcap).
+    bias_BNTS: if given, added to the logits.
 
   Returns:
     [B, T, N, H] in the dtype of the values; the softmax is in float32.
@@ -104,6 +119,8 @@ def attend(
   logits = logits.astype(jnp.float32)
   if softcap is not None:
     logits = softcap * jnp.tanh(logits / softcap)
+  if bias_BNTS is not None:
+    logits += bias_BNTS.astype(jnp.float32).reshape(B, K, N // K, T, -1)
   mask = mask_BTS[:, None, None]
   weights = jax.nn.softmax(jnp.where(mask, logits, MASKED), axis=-1)
   weights = jnp.where(mask, weights, 0.0).astype(value_BSKH.dtype)
@@ -112,7 +129,7 @@ def attend(
 
 
 class SelfAttention(nn.Module):
-  """Causal self-attention of one block."""
+  """Self-attention of one block."""
 
   config: TransformerConfig
 
@@ -124,6 +141,7 @@ class SelfAttention(nn.Module):
     *,
     window: Array,
     frequencies: Array,
+    rotary_scale: Array,
     cache: KVCache | None = None,
   ) -> tuple[Array, KVCache | None]:
     """Attends, through the cache if there is one.
@@ -133,6 +151,7 @@ class SelfAttention(nn.Module):
       where: positions and mask; S is T without a cache, C with one.
       window: int32 scalar, keys this far back or further are not read.
       frequencies: float32 [H // 2], rotary frequencies of this layer.
+      rotary_scale: float32 scalar, multiplies rotated queries and keys.
       cache: this layer's cache, or None to attend within the sequence.
 
     Returns:
@@ -170,8 +189,10 @@ class SelfAttention(nn.Module):
     query_BTNH = heads('query', cfg.num_heads, 'heads')
     key_BTKH = heads('key', cfg.num_kv_heads, 'kv_heads')
     value_BTKH = heads('value', cfg.num_kv_heads, 'kv_heads')
-    query_BTNH = layers.apply_rope(query_BTNH, where.positions_BT, frequencies)
-    key_BTKH = layers.apply_rope(key_BTKH, where.positions_BT, frequencies)
+    if cfg.position_encoding == 'rotary':
+      turn = where.positions_BT, frequencies, rotary_scale
+      query_BTNH = layers.apply_rope(query_BTNH, *turn)
+      key_BTKH = layers.apply_rope(key_BTKH, *turn)
 
     if cache is not None:
       cache = cache.write(key_BTKH, value_BTKH, where.positions_BT)
@@ -186,6 +207,7 @@ class SelfAttention(nn.Module):
       mask_BTS,
       scale=cfg.attention_scale,
       softcap=cfg.attention_softcap,
+      bias_BNTS=where.bias_BNTS,
     )
     out_BTD = dense('out', D, ('heads', 'embed'), cfg.attention_bias == 'all')(
       out_BTNH.reshape(B, T, -1)

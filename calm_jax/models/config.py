@@ -23,7 +23,9 @@ class TransformerConfig:
     num_kv_heads: K; N for full heads, 1 for multi-query.
     head_dim: H.
     mlp_dim: F.
-    activation: of the gated MLP.
+    activation: of the MLP.
+    mlp: 'gated', or 'plain' (T5 1.0).
+    mlp_bias: whether the dense layers of the MLP have biases.
     norm_offset: added to stored norm weights (1 in Gemma).
     norm_epsilon: of every RMSNorm.
     norm_placement: 'pre' normalises what enters attention and MLP; 'sandwich'
@@ -34,12 +36,17 @@ class TransformerConfig:
     attention_softcap: cap of the attention logits (Gemma 2).
     final_softcap: cap of the output logits (Gemma 2).
     window_pattern: window of layer i is pattern[i % len]; None means no window.
+    attention: 'causal', or 'bidirectional' for an encoder.
+    position_encoding: 'rotary', or T5's 'relative_bias', shared by all layers.
+    relative_buckets: of the relative bias.
+    relative_max_distance: of the relative bias.
     rope_theta: rotary base of layers without a window, and of all layers
       if `rope_theta_local` is None.
     rope_theta_local: rotary base of layers with a window (Gemma 3).
     rope_scaling: applies to `rope_theta` only.
     tie_embeddings: whether the embedding table is the output matrix.
     embed_scale: multiplies the embeddings (sqrt(D) in Gemma).
+    logits_scale: multiplies what enters the output matrix (T5, tied).
     init_stddev: of a freshly initialised embedding table.
     dtype: dtype of the computation.
     param_dtype: dtype of storage.
@@ -53,6 +60,8 @@ class TransformerConfig:
   head_dim: int
   mlp_dim: int
   activation: Literal['silu', 'gelu', 'gelu_tanh', 'relu'] = 'silu'
+  mlp: Literal['gated', 'plain'] = 'gated'
+  mlp_bias: bool = False
   norm_offset: float = 0.0
   norm_epsilon: float = 1e-6
   norm_placement: Literal['pre', 'sandwich'] = 'pre'
@@ -62,11 +71,16 @@ class TransformerConfig:
   attention_softcap: float | None = None
   final_softcap: float | None = None
   window_pattern: tuple[int | None, ...] = (None,)
+  attention: Literal['causal', 'bidirectional'] = 'causal'
+  position_encoding: Literal['rotary', 'relative_bias'] = 'rotary'
+  relative_buckets: int = 32
+  relative_max_distance: int = 128
   rope_theta: float = 10_000.0
   rope_theta_local: float | None = None
   rope_scaling: layers.RopeScaling | None = None
   tie_embeddings: bool = True
   embed_scale: float = 1.0
+  logits_scale: float = 1.0
   init_stddev: float = 0.02
   dtype: str = 'float32'
   param_dtype: str = 'float32'
@@ -80,13 +94,16 @@ class TransformerConfig:
         f'num_heads = {self.num_heads} must be a multiple of num_kv_heads ='
         f' {self.num_kv_heads}.'
       )
-    if self.head_dim % 2:
+    if self.head_dim % 2 and self.position_encoding == 'rotary':
       raise ValueError(
         f'head_dim = {self.head_dim} must be even: rotary positions turn'
         ' pairs of numbers.'
       )
     for field, allowed in (
       ('activation', tuple(layers.ACTIVATIONS)),
+      ('mlp', ('gated', 'plain')),
+      ('attention', ('causal', 'bidirectional')),
+      ('position_encoding', ('rotary', 'relative_bias')),
       ('norm_placement', ('pre', 'sandwich')),
       ('query_key_norm', ('none', 'rms')),
       ('attention_bias', ('none', 'qkv', 'all')),
@@ -95,7 +112,6 @@ class TransformerConfig:
         raise ValueError(
           f'{field} = {getattr(self, field)!r} is not one of {allowed}.'
         )
-
     if any(w is not None and w < 1 for w in self.window_pattern):
       raise ValueError(
         f'window_pattern = {self.window_pattern}: a window is at least 1, and'
@@ -112,23 +128,40 @@ class TransformerConfig:
   def has_windows(self) -> bool:
     return any(window is not None for window in self.windows)
 
+  def check_length(self, length: int) -> None:
+    """Raises ValueError if rotary positions are not defined so far."""
+    scaling = self.rope_scaling
+    if scaling is None or scaling.kind != 'dynamic':
+      return
+    if length > scaling.original_length:
+      raise ValueError(
+        f'A sequence of {length} positions is longer than the'
+        f' {scaling.original_length} that rope_scaling of kind'
+        " 'dynamic' allows here: beyond, every angle would depend on the length"
+        ' of the whole text. Give shorter inputs, or a checkpoint with linear,'
+        ' yarn or llama3 scaling.'
+      )
+
   def layer_inputs(self, start: int, stop: int) -> dict[str, Array]:
     """Returns what differs between layers start..stop, stacked on axis L.
 
     Returns:
-      `window`: int32 [L]; `frequencies`: float32 [L, H // 2].
+      `window`: int32 [L]; `frequencies`: float32 [L, H // 2]; `rotary_scale`:
+      float32 [L].
     """
     windows = self.windows[start:stop]
-    frequencies = []
+    frequencies, scales = [], []
     for window in windows:
       if window is None or self.rope_theta_local is None:
         theta, scaling = self.rope_theta, self.rope_scaling
       else:
         theta, scaling = self.rope_theta_local, None
       frequencies.append(layers.rope_frequencies(self.head_dim, theta, scaling))
+      scales.append(1.0 if scaling is None else scaling.rotary_scale)
     return {
       'window': jnp.asarray(
         [NO_WINDOW if w is None else w for w in windows], jnp.int32
       ),
       'frequencies': jnp.stack(frequencies),
+      'rotary_scale': jnp.asarray(scales, jnp.float32),
     }

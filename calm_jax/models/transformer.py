@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from calm_jax import sharding
-from calm_jax.array_types import Array, Params
+from calm_jax.array_types import Array
 from calm_jax.models import attention, layers
 from calm_jax.models.config import TransformerConfig
 
@@ -47,9 +47,11 @@ class Block(nn.Module):
       norm('attention_norm', x_BTD), where, cache=cache, **layer
     )
     x_BTD = x_BTD + after('attention_post_norm', out_BTD)
-    mlp = layers.GatedMLP(
+    mlp = layers.MLP(
       cfg.mlp_dim,
       cfg.activation,
+      kind=cfg.mlp,
+      bias=cfg.mlp_bias,
       dtype=cfg.dtype,
       param_dtype=cfg.param_dtype,
       name='mlp',
@@ -60,11 +62,8 @@ class Block(nn.Module):
     return layers.round_to(x_BTD, cfg.dtype), cache
 
 
-class DecoderLM(nn.Module):
-  """A decoder-only language model.
-
-  `__call__` is `embed`, `run` over all blocks, `logits`. A composed model
-  calls the three itself and adds to the residual stream between runs.
+class Tower(nn.Module):
+  """Embeddings and blocks: what decoders and encoders have in common.
 
   Attributes:
     config: sizes and switches.
@@ -94,11 +93,12 @@ class DecoderLM(nn.Module):
       dtype=cfg.dtype,
       param_dtype=cfg.param_dtype,
     )
-    if not cfg.tie_embeddings:
-      self.head = layers.Dense(
-        cfg.vocab_size,
-        axes=('embed', 'vocab'),
-        dtype=cfg.dtype,
+    if cfg.position_encoding == 'relative_bias':
+      self.relative_bias = layers.RelativeBias(
+        cfg.num_heads,
+        cfg.relative_buckets,
+        cfg.relative_max_distance,
+        bidirectional=cfg.attention == 'bidirectional',
         param_dtype=cfg.param_dtype,
       )
     for name, start, stop in self.segments():
@@ -137,13 +137,6 @@ class DecoderLM(nn.Module):
     edges = [0, *sorted(set(self.cuts)), depth]
     return [(f'blocks_{a}_{b}', a, b) for a, b in itertools.pairwise(edges)]
 
-  def __call__(self, tokens_BT: Array, where: attention.Positions) -> Array:
-    """Returns the logits [B, T, V] of a sequence without a cache."""
-    x_BTD, _ = self.run(
-      self.embed(tokens_BT), where, start=0, stop=self.config.num_layers
-    )
-    return self.logits(x_BTD)
-
   def embed(self, tokens_BT: Array) -> Array:
     """Returns the residual stream [B, T, D] before block 0."""
     x_BTD = self.embedder.encode(tokens_BT)
@@ -171,6 +164,9 @@ class DecoderLM(nn.Module):
       The residual stream after block stop - 1, and the written caches of the
       segments that ran.
     """
+    self.config.check_length(where.mask_BTS.shape[-1])
+    if self.config.position_encoding == 'relative_bias':
+      where = where.replace(bias_BNTS=self.relative_bias(where.distance_BTS))
     written = {}
     for name, first, last in self.segments():
       if last <= start or first >= stop:
@@ -218,22 +214,12 @@ class DecoderLM(nn.Module):
       written |= new
     return states, written
 
-  def logits(self, x_BTD: Array) -> Array:
-    """Returns the logits [B, T, V] of the stream after the last block."""
-    x_BTD = self.final_norm(x_BTD)
-    if self.config.tie_embeddings:
-      logits_BTV = self.embedder.decode(x_BTD)
-    else:
-      logits_BTV = self.head(x_BTD)
-    cap = self.config.final_softcap
-    return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
-
   def init_everything(self, tokens_BT: Array) -> Array:
     """Touches every parameter; the method to initialise with."""
     positions_BT = jnp.broadcast_to(
       jnp.arange(tokens_BT.shape[1]), tokens_BT.shape
     )
-    where = attention.Positions.full(positions_BT, jnp.ones_like(tokens_BT))
+    where = self.whole(positions_BT, jnp.ones_like(tokens_BT))
     return self(tokens_BT, where)
 
   @nn.nowrap
@@ -241,6 +227,47 @@ class DecoderLM(nn.Module):
     """Initialises the parameters, boxed with their logical axes."""
     tokens_BT = jnp.zeros((1, 2), jnp.int32)
     return self.init(rng, tokens_BT, method='init_everything')['params']
+
+
+class DecoderLM(Tower):
+  """A decoder-only language model.
+
+  `__call__` is `embed`, `run` over all blocks, `logits`. A composed model
+  calls the three itself and adds to the residual stream between runs.
+  """
+
+  reads_targets = True  # as augmenting model: every generated token too
+  whole = staticmethod(attention.Positions.full)
+
+  def setup(self):
+    super().setup()
+    cfg = self.config
+    if not cfg.tie_embeddings:
+      self.head = layers.Dense(
+        cfg.vocab_size,
+        axes=('embed', 'vocab'),
+        dtype=cfg.dtype,
+        param_dtype=cfg.param_dtype,
+      )
+
+  def __call__(self, tokens_BT: Array, where: attention.Positions) -> Array:
+    """Returns the logits [B, T, V] of a sequence without a cache."""
+    x_BTD, _ = self.run(
+      self.embed(tokens_BT), where, start=0, stop=self.config.num_layers
+    )
+    return self.logits(x_BTD)
+
+  def logits(self, x_BTD: Array) -> Array:
+    """Returns the logits [B, T, V] of the stream after the last block."""
+    x_BTD = self.final_norm(x_BTD)
+    if self.config.logits_scale != 1.0:
+      x_BTD = x_BTD * jnp.asarray(self.config.logits_scale, x_BTD.dtype)
+    if self.config.tie_embeddings:
+      logits_BTV = self.embedder.decode(x_BTD)
+    else:
+      logits_BTV = self.head(x_BTD)
+    cap = self.config.final_softcap
+    return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
 
   @nn.nowrap
   def empty_cache(self, *, batch: int, slots: int, stop: int) -> Cache:
@@ -263,34 +290,3 @@ class DecoderLM(nn.Module):
         )
       caches[name] = one
     return caches
-
-
-def restack(params: Params, *, source: DecoderLM, target: DecoderLM) -> Params:
-  """Moves the parameters of one stack layout into another.
-
-  Args:
-    params: parameters (arrays of any kind) of `source`.
-    source: the layout they have.
-    target: the layout wanted, of the same config.
-
-  Returns:
-    The same numbers in the tree of `target`.
-  """
-  blocks: list[Any] = []
-  for name, first, last in source.segments():
-    for i in range(last - first):
-      one = params[name]
-      if source.stack == 'scan':
-        one = jax.tree.map(lambda x, i=i: x[i], one)
-      blocks.append(one)
-  out = {
-    name: leaf
-    for name, leaf in params.items()
-    if not name.startswith(('block_', 'blocks_'))
-  }
-  for name, first, last in target.segments():
-    if target.stack == 'loop':
-      out[name] = blocks[first]
-    else:
-      out[name] = jax.tree.map(lambda *x: jnp.stack(x), *blocks[first:last])
-  return out

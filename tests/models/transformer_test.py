@@ -157,6 +157,31 @@ def test_llama3_scaling_against_numpy():
   assert {1.0, 8.0} < kinds
 
 
+# --- Relative positions ------------------------------------------------------
+
+
+@pytest.mark.parametrize('bidirectional', [False, True])
+def test_buckets_of_distances_as_in_t5(bidirectional):
+  """The formula of arXiv 1910.10683, section 2.1, distance by distance."""
+  buckets, furthest = 12, 20
+  bias = layers.RelativeBias(1, buckets, furthest, bidirectional=bidirectional)
+  table = jnp.arange(buckets, dtype=jnp.float32)[:, None]
+  distance = np.arange(-40, 41)
+  actual = bias.apply({'params': {'table': table}}, distance[None, None])
+  count = buckets // 2 if bidirectional else buckets
+  expected = []
+  for back in distance:
+    ahead = bidirectional and back < 0
+    far = abs(back) if bidirectional else max(back, 0)
+    exact = count // 2
+    if far >= exact:
+      growth = math.log(far / exact) / math.log(furthest / exact)
+      far = min(exact + int(growth * (count - exact)), count - 1)
+    expected.append(far + count * ahead)
+  assert np.asarray(actual)[0, 0, 0].astype(int).tolist() == expected
+  assert len(set(expected)) == buckets - bidirectional  # 0 is not ahead
+
+
 # --- Errors ------------------------------------------------------------------
 
 
@@ -178,8 +203,18 @@ def test_a_wrong_config_says_what_is_wrong(changes, message):
 
 
 def test_an_unknown_rope_scaling_is_an_error():
-  with pytest.raises(ValueError, match="'yarn' is not one of .*'llama3'"):
-    layers.RopeScaling('yarn', 4.0)
+  with pytest.raises(ValueError, match="'ntk' is not one of .*'llama3'"):
+    layers.RopeScaling('ntk', 4.0)
+
+
+def test_dynamic_scaling_is_refused_beyond_the_trained_length():
+  scaling = layers.RopeScaling('dynamic', 2.0, original_length=8)
+  within = tiny.tokens((1, 8))
+  np.testing.assert_array_equal(
+    logits(within, rope_scaling=scaling), logits(within)
+  )
+  with pytest.raises(ValueError, match='9 positions is longer than the 8'):
+    logits(tiny.tokens((1, 9)), rope_scaling=scaling)
 
 
 def test_a_scanned_segment_cannot_be_cut():

@@ -1,0 +1,1 @@
+"""Tokenizers: the kinds of vocabulary, and the files they come from."""

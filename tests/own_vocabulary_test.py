@@ -1,0 +1,226 @@
+"""Augmenting models with a vocabulary of their own, and encoders, end to end.
+
+Run: pytest tests/own_vocabulary_test.py
+"""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from calm_jax import alignment, batches, composition, connections, decoding
+from calm_jax.models import encoder, transformer
+from tests import tiny, toys
+
+WORDS = toys.PieceVocabulary(
+  ['ab', 'c', ' ', 'de', '+', 'abcde', 'b', 'a', 'd', 'e', 'ca']
+)
+CODE = toys.PieceVocabulary(['c ', 'a', 'b', 'c', 'd', 'e', '+', ' ', 'de'])
+TEXTS = toys.PieceVocabulary(
+  ['a', 'b', 'c', ' ', '+', 'd', 'e'], bos=False, ends_with_eos=True
+)
+ANCHOR = dataclasses.replace(
+  tiny.ANCHOR, num_layers=2, vocab_size=16, window_pattern=(5, None)
+)
+DECODER = dataclasses.replace(tiny.AUGMENTING, num_layers=1, vocab_size=12)
+ENCODER = dataclasses.replace(
+  tiny.AUGMENTING,
+  num_layers=1,
+  vocab_size=11,
+  attention='bidirectional',
+  position_encoding='relative_bias',
+  relative_buckets=8,
+  relative_max_distance=6,
+  attention_scale=1.0,
+)
+MODEL = composition.ComposedLM(
+  transformer.DecoderLM(ANCHOR),
+  augmenting={
+    'code': transformer.DecoderLM(DECODER),
+    'texts': encoder.EncoderLM(ENCODER),
+  },
+  composition=connections.CompositionConfig(
+    mapping=connections.LayerMapping.explicit(
+      [tiny.connection(-1, 0), tiny.connection(0, 0, 'texts')]
+    ),
+    output_init='fan_in',
+  ),
+  own_tokens=['code'],
+)
+READERS = {
+  'code': alignment.Reader(WORDS, CODE, anchor_size=16),
+  'texts': alignment.Reader(WORDS, TEXTS, anchor_size=16, reads_targets=False),
+}
+PARAMS = toys.params(MODEL)
+PROMPTS = ['abc +de', 'c', 'de abcde + c', '+ab c ']
+FORWARD = jax.jit(MODEL.__call__)
+
+
+def batch_of(*rows, length=24, slots=40, pack=False, batch_size=None):
+  """A training batch of (prompt, target ids)."""
+  examples = [
+    {'inputs': WORDS.encode(text), 'targets': targets, 'text': text}
+    for text, targets in rows
+  ]
+  read = list(alignment.read_examples(examples, READERS, anchor=WORDS))
+  return next(
+    batches.ExampleBatches(
+      lambda start: iter(read[start:]),
+      batch_size=batch_size or len(rows),
+      length=length,
+      pack=pack,
+      bos_id=WORDS.bos_id,
+      pad_id=None,
+      augmenting_lengths={'code': slots, 'texts': slots},
+    )
+  )
+
+
+@functools.cache
+def argmax_of_full_forward(steps):
+  """Prompt and targets as training lays them out, one token after another."""
+  targets = [[] for _ in PROMPTS]
+  for _ in range(steps):
+    # One more target, which is predicted and never read.
+    rows = [(p, [*t, 0]) for p, t in zip(PROMPTS, targets, strict=True)]
+    logits_BTV = FORWARD(PARAMS, batch_of(*rows))
+    for b, (prompt, done) in enumerate(zip(PROMPTS, targets, strict=True)):
+      at = len(WORDS.encode(prompt)) + len(done)  # BOS included
+      done.append(int(np.argmax(logits_BTV[b, at, :11])))
+  return targets
+
+
+@pytest.mark.slow
+def test_decoding_sees_the_tokens_that_training_saw():
+  """Ragged prompts through the compacted caches, several tokens a step."""
+  steps = 6
+  expected = argmax_of_full_forward(steps)
+  assert len({tuple(row) for row in expected}) > 2
+  counts = READERS['code'].transcript.counts_V
+  assert {int(counts[i]) for row in expected for i in row} > {1}
+  begun = [alignment.begin(WORDS, prompt) for prompt in PROMPTS]
+  readings = {
+    name: [
+      reader.read_prompt(text, anchor_ends=ends)
+      for text, (_, ends) in zip(PROMPTS, begun, strict=True)
+    ]
+    for name, reader in READERS.items()
+  }
+  run = decoding.make_generate(
+    OnlyWords(MODEL), max_new_tokens=steps, eos_id=None, readers=READERS
+  )
+  prompts = [ids for ids, _ in begun]
+  assert run(PARAMS, prompts, readings=readings, batch_size=3) == expected
+
+
+class OnlyWords:
+  """A model that cannot say special tokens."""
+
+  def __init__(self, model):
+    self.empty_cache, self._extend = model.empty_cache, model.extend
+
+  def extend(self, *args, **settings):
+    logits_BTV, cache = self._extend(*args, **settings)
+    return logits_BTV[..., :11], cache
+
+
+@pytest.mark.slow
+def test_logits_through_the_caches_are_close():
+  """Prefill, then a token a step, against the whole sequence."""
+  targets = [[0, 5, 3], [5, 1, 1], [2, 0, 5], [10, 5, 0]]
+  rows = list(zip(PROMPTS, targets, strict=True))
+  full_BTV = FORWARD(PARAMS, batch_of(*rows))
+  begun = [alignment.begin(WORDS, prompt) for prompt in PROMPTS]
+  prompts = {
+    name: decoding._pad_readings(
+      [
+        reader.read_prompt(text, anchor_ends=ends)
+        for text, (_, ends) in zip(PROMPTS, begun, strict=True)
+      ]
+    )
+    for name, reader in READERS.items()
+  }
+  tokens_BT, lengths_B = decoding._pad([ids for ids, _ in begun], None)
+  transcript = READERS['code'].transcript
+  table = (np.asarray(transcript.tokens_VR), np.asarray(transcript.counts_V))
+  logits_B1V, cache, used_B = decoding._prefill(
+    PARAMS,
+    tokens_BT,
+    lengths_B,
+    prompts,
+    model=MODEL,
+    max_new_tokens=4,
+    widths={'code': table[0].shape[1]},
+  )
+  extend = jax.jit(MODEL.extend)
+  used_B, every = used_B['code'], np.arange(len(PROMPTS))
+  for step in range(2):
+    at_B = lengths_B + step
+    tiny.assert_close(logits_B1V[:, 0], full_BTV[every, at_B - 1])
+    given_B = np.array([row[step] for row in targets])
+    new = decoding._next_tokens(
+      jax.tree.map(jax.numpy.asarray, table), given_B, used_B, at_B[:, None]
+    )
+    used_B = used_B + table[1][given_B]
+    logits_B1V, cache = extend(
+      PARAMS,
+      given_B[:, None],
+      at_B[:, None],
+      cache,
+      augmenting={'code': new, 'texts': None},
+    )
+  assert sorted(used_B.tolist()) != sorted(at_B.tolist())  # not in step
+  # Compacted: the real slots of each row are its first ones.
+  real_BC = np.asarray(cache.visible_from['code']) < 2**30
+  np.testing.assert_array_equal(real_BC.sum(1), used_B)
+  assert all(row[:n].all() for row, n in zip(real_BC, used_B, strict=True))
+
+
+def test_packing_and_padding_change_no_real_logit():
+  rows = [('abc', [5, 3, 1]), ('c + a', [0, 1])]
+  packed = FORWARD(PARAMS, batch_of(*rows, pack=True, batch_size=1))[0]
+  first = FORWARD(PARAMS, batch_of(rows[0]))[0]
+  second = FORWARD(PARAMS, batch_of(rows[1]))[0]
+  n, m = 3 + 2, 5 + 2  # BOS, prompt, and all targets but the last
+  tiny.assert_close(packed[:n], first[:n])
+  tiny.assert_close(packed[n : n + m], second[:m])
+
+
+def test_changing_a_token_changes_nothing_before_it():
+  """In the anchor's tokens, and in those that their bytes stand for."""
+  row = ('abc de', [0, 5, 3, 1, 4])
+  before = FORWARD(PARAMS, batch_of(row))[0]
+  start = 1 + len(WORDS.encode(row[0]))
+  for i in range(4):
+    targets = list(row[1])
+    targets[i] = 8  # d
+    after = FORWARD(PARAMS, batch_of((row[0], targets)))[0]
+    at = start + i
+    np.testing.assert_array_equal(after[:at], before[:at])
+    assert np.any(after[at] != before[at])
+
+
+def test_an_encoder_is_silent_before_the_prompt_ends():
+  """Of 'abc +de', the encoder's tokens reach the last prompt position only."""
+  batch = batch_of(('abc +de', [1, 1]))
+  changed = {**batch, 'texts_input_tokens': batch['texts_input_tokens'] * 0}
+  before, after = FORWARD(PARAMS, batch)[0], FORWARD(PARAMS, changed)[0]
+  last = len(WORDS.encode('abc +de'))
+  np.testing.assert_array_equal(after[:last], before[:last])
+  assert np.all(np.any(after[last : last + 2] != before[last : last + 2], -1))
+
+
+def test_tokens_of_ones_own_are_not_the_anchors():
+  batch = tiny.batch_of(np.zeros((1, 4)))
+  with pytest.raises(
+    ValueError, match="'code' reads tokens of its own: the ba"
+  ):
+    MODEL(PARAMS, batch)
+  own = {k: v for k, v in batch_of(('a', [1])).items() if 'texts' not in k}
+  with pytest.raises(ValueError, match='batch needs texts_input_tokens and so'):
+    MODEL(PARAMS, own)
+  cache = MODEL.empty_cache(batch=1, slots=4)
+  with pytest.raises(ValueError, match=r"\['code', 'texts'\] read tokens of t"):
+    MODEL.extend(PARAMS, np.zeros((1, 1)), np.zeros((1, 1)), cache)
