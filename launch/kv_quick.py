@@ -165,9 +165,15 @@ def train_donors(
 
 
 def composition_stages(
-  out: pathlib.Path, seed: int, donors: dict[str, str], *, prefix: str = ''
+  out: pathlib.Path,
+  seed: int,
+  donors: dict[str, str],
+  *,
+  prefix: str = '',
+  pieces: bool = False,
 ) -> tuple[list[Stage], list[Stage]]:
   """Returns the training and the evaluation of both formats for one seed."""
+  ending = '_pieces' if pieces else ''
   train, evaluate = [], []
   for answer in FORMATS:
     run_dir = out / f'{prefix}{answer}_seed{seed}'
@@ -176,7 +182,7 @@ def composition_stages(
       Stage(
         run_dir / 'composition.safetensors',
         'train',
-        *gin(f'kv_quick_{answer}.gin', **macros),
+        *gin(f'kv_quick_{answer}{ending}.gin', **macros),
       )
     )
     systems = {'SYSTEMS': ('composed', 'disconnected')} if prefix else {}
@@ -227,7 +233,7 @@ def main() -> None:
   donors = train_donors(out, augmenting, anchor_parts)
   started = time.time()
   for seed in seeds:
-    train, evaluate = composition_stages(out, seed, donors)
+    train, evaluate = composition_stages(out, seed, donors, pieces=flags.pieces)
     run(train)
     run(evaluate)
   print(
@@ -236,7 +242,7 @@ def main() -> None:
   if flags.controls:
     control = {**donors, 'AUGMENTING_WEIGHTS': 'random'}
     train, evaluate = composition_stages(
-      out, seeds[0], control, prefix='random_'
+      out, seeds[0], control, prefix='random_', pieces=flags.pieces
     )
     run(train)
     run(evaluate)
