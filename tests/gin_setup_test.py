@@ -116,9 +116,7 @@ def test_there_are_experiments():
 def test_a_run_builds_and_tells_its_configuration(
   run_file, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(assembly, 'load_all', lambda *args, **kwargs: {})
-  monkeypatch.setattr(assembly, 'frozen_tree', lambda loaded: {})
-  monkeypatch.setattr(train, '_claim_directory', lambda *args: None)
+  monkeypatch.setattr(train, '_load_frozen', lambda *args, **kwargs: {})
 
   def summarize(directory):
     gin_setup.write_operative_config(directory)

@@ -356,7 +356,7 @@ def test_a_model_with_another_vocabulary_needs_tokens_of_its_own(
 
 def test_a_target_left_out_of_the_loss_is_an_error(donors, tmp_path):
   def careless(*, targets_per_row, **rest):
-    return toy_batches(**rest)  # rows with a loss everywhere
+    return toy_batches(targets_per_row=None, **rest)  # a loss everywhere
 
   with pytest.raises(ValueError, match='Step 1 left .* targets_per_row'):
     run(tmp_path, donors, make_batches=careless, targets_per_row=2)
