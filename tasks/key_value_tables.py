@@ -12,7 +12,6 @@ by their purpose.
 from collections.abc import Sequence
 import dataclasses
 import functools
-import itertools
 import string
 from typing import NamedTuple
 import zlib
@@ -211,17 +210,21 @@ def pieces_vocabulary(
 ) -> vocabularies.TokenizersVocabulary:
   """Returns another vocabulary for the same texts, in which keys are cut.
 
-  A byte-pair encoding that marks the last piece of a word, as GPT-1's does: a
-  key is one to four pieces of one or two letters. An integer is one token up to
-  999, and above that one for its last three digits after single digits.
+  A byte-pair encoding that marks the last piece of a word, as GPT-1's does. A
+  key of two or three letters is one token; of a longer one the last three or
+  four letters are, after single letters. An integer is one token up to 999, and
+  above that one for its last three digits after single digits.
   """
   end = '</w>'
-  letters = list(itertools.product(string.ascii_lowercase, repeat=2))
-  digits = itertools.product(string.digits, repeat=2)
-  merges = [(a, b + end) for a, b in letters] + letters
-  merges += [('-', '>' + end), *((a, b + end) for a, b in digits)]
   largest = min(config.max_value * config.max_operands, 999)
-  merges += [(n[0], n[1:] + end) for n in map(str, range(100, largest + 1))]
+  words = [*SYMBOLS, *map(str, range(largest + 1))]
+  kept = {(word, len(word)) for word in words}
+  kept |= {(key, (len(key) + 3) // 2) for key in table(config).keys}
+  endings = {word[-n:] for word, size in kept for n in range(2, size + 1)}
+  merges = [
+    (ending[0], ending[1:] + end)
+    for ending in sorted(endings, key=lambda ending: (len(ending), ending))
+  ]
   characters = sorted(
     {*string.ascii_lowercase, *string.digits, *''.join(SYMBOLS)}
   )
