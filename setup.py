@@ -56,9 +56,27 @@ setuptools.setup(
   extras_require={
     'tpu': ['jax[tpu]'],
     'gpu': ['jax[cuda12]'],
-    'test': ['pytest', 'pytest-xdist', 'ruff', 'build'],
-    # T5X is not on PyPI; these are what its adapter needs beside it.
-    't5x': ['clu', 'fiddle'],
+    # torch and transformers are what the models are compared with.
+    'test': [
+      'build',
+      'pytest',
+      'pytest-xdist',
+      'qwix',
+      'ruff',
+      'torch',
+      'transformers',
+    ],
+    'hub': ['huggingface_hub'],  # load_pretrained('owner/name')
+    'quantized': ['qwix'],  # QuantizationConfig
+    # T5X, airio and jestimator are not on PyPI; these are what they need.
+    't5x': [
+      'cached_property',
+      'clu',
+      'fiddle',
+      'grain',
+      'libcst',
+      'tensorboard',
+    ],
   },
   classifiers=[
     'Programming Language :: Python :: 3.11',

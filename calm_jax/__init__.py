@@ -14,6 +14,7 @@ _PUBLIC = {
   'Connection': 'connections',
   'LayerMapping': 'connections',
   'DecoderLM': 'models.transformer',
+  'QuantizationConfig': 'quantization',
   'TransformerConfig': 'models.config',
 }
 __all__ = sorted(_PUBLIC)

@@ -12,6 +12,7 @@ import dataclasses
 
 import numpy as np
 
+from calm_jax import vocabularies
 from calm_jax.vocabularies import Vocabulary
 
 # An augmenting model's tokens, and for each the index of the first of the
@@ -58,10 +59,11 @@ def transcribe(
   spelling = _Spelling(augmenting)
   pieces = [anchor.token_bytes(i) for i in range(anchor.size)]
   rows = spelling.spell([piece or b'' for piece in pieces])
-  for role in ('bos_id', 'eos_id', 'unk_id'):
-    special, like = getattr(anchor, role), getattr(augmenting, role)
-    if special is not None:
-      rows[special] = [] if like is None else [like]
+  likes = {anchor.bos_id: augmenting.bos_id, anchor.unk_id: augmenting.unk_id}
+  likes |= dict.fromkeys(anchor.eos_ids, augmenting.eos_id)
+  likes.pop(None, None)
+  for special, like in likes.items():
+    rows[special] = [] if like is None else [like]
   longest = max(map(len, rows), default=0)
   width = max(1, min(most, longest))
   tokens_VR = np.zeros((size, width), np.int32)
@@ -125,12 +127,12 @@ class _Spelling:
 def begin(vocabulary: Vocabulary, text: str) -> tuple[list[int], list[int]]:
   """Returns the ids of a prompt, and the bytes of it read after each.
 
-  BOS, where a vocabulary has one, comes first and reads no byte.
+  BOS, where a vocabulary has one and the text does not spell it, comes first
+  and reads no byte.
   """
   ids, ends = vocabulary.encode_with_ends(text)
-  if vocabulary.bos_id is not None:
-    return [vocabulary.bos_id, *ids], [0, *ends]
-  return ids, ends
+  begun = vocabularies.with_bos(vocabulary, ids)
+  return begun, [0] * (len(begun) - len(ids)) + ends
 
 
 class Reader:
@@ -239,11 +241,10 @@ def read_examples(
   Raises:
     ValueError: if the inputs are not the tokens of their text.
   """
-  first = 0 if anchor.bos_id is None else 1
   for example in examples:
     text, targets = example['text'], example['targets']
     ids, anchor_ends = begin(anchor, text)
-    if ids[first:] != list(example['inputs']):
+    if ids != vocabularies.with_bos(anchor, example['inputs']):
       raise ValueError(
         f'The inputs of an example are not the tokens of their text,'
         f' {text[:60]!r}, so they cannot be aligned with those of another'

@@ -20,6 +20,7 @@ from calm_jax import (
   run_files,
   sharding,
   trees,
+  vocabularies,
 )
 from calm_jax.array_types import Array, Params
 from calm_jax.composition import ComposedLM
@@ -27,6 +28,7 @@ from calm_jax.connections import CompositionConfig, LayerMapping
 from calm_jax.models import pretrained
 from calm_jax.models.config import TransformerConfig
 from calm_jax.models.pretrained import ModelSpec
+from calm_jax.quantization import QuantizationConfig
 from calm_jax.vocabularies import Vocabulary
 
 
@@ -40,6 +42,7 @@ class Model:
     fingerprints: SHA-256 of each frozen model by name.
     mesh: where the parameters are.
     readers: how each augmenting model with a vocabulary of its own reads.
+    report: what was read, cast and left out on loading, in a line.
   """
 
   def __init__(
@@ -58,6 +61,7 @@ class Model:
     self.fingerprints = dict(fingerprints)
     self.mesh = mesh
     self.readers = dict(readers or {})
+    self.report = ''
     self._forward = jax.jit(composed.__call__)
     self._generate = functools.cache(self._make_generate)  # by length
 
@@ -89,6 +93,7 @@ class Model:
       raise ValueError(
         f'tokens has the shape {tokens_BT.shape}; expected [batch, length].'
       )
+    self._check_ids(tokens_BT, what='tokens')
     positions_BT = jnp.broadcast_to(
       jnp.arange(tokens_BT.shape[1]), tokens_BT.shape
     )
@@ -125,6 +130,8 @@ class Model:
     if not prompts:
       return []
     ids, readings = self._read(prompts)
+    for prompt, row in zip(prompts, ids, strict=True):
+      self._check_ids(row, what=f'The prompt {prompt[:60]!r}')
     new_ids = self._generate(max_new_tokens)(
       self.params,
       ids,
@@ -146,9 +153,8 @@ class Model:
   ) -> tuple[list[list[int]], dict[str, list[alignment.Reading]]]:
     """Returns the prompts' ids, and what models of another vocabulary read."""
     if not self.readers:
-      bos = [] if self.vocabulary.bos_id is None else [self.vocabulary.bos_id]
       rows = self.vocabulary.encode_batch(list(prompts))
-      return [bos + row for row in rows], {}
+      return [vocabularies.with_bos(self.vocabulary, row) for row in rows], {}
     begun = [alignment.begin(self.vocabulary, text) for text in prompts]
     return [ids for ids, _ in begun], {
       name: [
@@ -157,6 +163,16 @@ class Model:
       ]
       for name, reader in self.readers.items()
     }
+
+  def _check_ids(self, ids: Any, *, what: str) -> None:
+    """Raises ValueError for an id beyond the table, where JAX gives NaN."""
+    highest = int(np.max(ids, initial=0))
+    if highest >= self.config.vocab_size or np.min(ids, initial=0) < 0:
+      raise ValueError(
+        f'{what} has ids from {np.min(ids)} to {highest}; the embedding table'
+        f' has the rows 0 to {self.config.vocab_size - 1}. Leave out special'
+        ' tokens that this model has no embedding for.'
+      )
 
   def _check_speaks(self) -> None:
     if self.config.attention != 'causal':
@@ -169,7 +185,7 @@ class Model:
     return decoding.make_generate(
       self.composed,
       max_new_tokens=max_new_tokens,
-      eos_id=self.vocabulary.eos_id,
+      eos_ids=self.vocabulary.eos_ids,
       readers=self.readers,
     )
 
@@ -194,7 +210,7 @@ class Model:
     )
 
   def save(self, directory: str | pathlib.Path) -> None:
-    """Writes calm_config.json and composition.safetensors, nothing frozen."""
+    """Writes the composition with its config and card, nothing frozen."""
     if not self.composed.connections:
       raise ValueError(
         'This model has no composition; there is nothing to save.'
@@ -202,6 +218,7 @@ class Model:
     directory = pathlib.Path(directory)
     run_files.write_config(directory, self.composed, self.fingerprints)
     run_files.write_composition(directory, self.params['composition'])
+    run_files.write_card(directory, self.composed, self.fingerprints)
 
 
 def load_pretrained(
@@ -209,17 +226,31 @@ def load_pretrained(
   *,
   dtype: str | None = None,
   param_dtype: str | None = None,
+  quantization: QuantizationConfig | None = None,
   mesh: Mesh | None = None,
+  size: str | None = None,
+  revision: str | None = None,
 ) -> Model:
-  """Loads a model directory.
+  """Loads a model directory, our own or one of Hugging Face.
 
   Args:
-    path: a directory with config.json, model.safetensors and tokenizer.json.
+    path: a directory, or a hub id like 'google/gemma-2b'; see
+      `models.pretrained.pretrained_model`.
     dtype: dtype of the computation, instead of the directory's.
-    param_dtype: dtype the weights are kept in.
+    param_dtype: dtype the weights are kept in; as stored if None.
+    quantization: fewer bits for the matrices; see `QuantizationConfig`.
     mesh: where to put them; all devices along `data` if None.
+    size: what it must be, by name ('gemma_2b').
+    revision: of a hub id: a branch, a tag or a commit.
   """
-  spec = pretrained.pretrained_model(path, dtype=dtype, param_dtype=param_dtype)
+  spec = pretrained.pretrained_model(
+    path,
+    dtype=dtype,
+    param_dtype=param_dtype,
+    quantization=quantization,
+    size=size,
+    revision=revision,
+  )
   return from_spec(spec, mesh=mesh)
 
 
@@ -230,13 +261,15 @@ def from_spec(
   mesh = mesh or sharding.make_mesh()
   composed = ComposedLM(assembly.build_tower(spec.config))
   loaded = assembly.load(spec, composed.anchor, mesh=mesh, seed=seed)
-  return Model(
+  model = Model(
     composed,
     {'anchor': loaded.params},
     spec=spec,
     fingerprints={'anchor': loaded.fingerprint},
     mesh=mesh,
   )
+  model.report = f'{loaded.origin}; {loaded.report}'
+  return model
 
 
 def compose(

@@ -1,19 +1,26 @@
 """From model descriptions to a composed model with its weights on the mesh."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 from typing import Any, Literal
 
 from flax import linen as nn
 import jax
 from jax.sharding import Mesh
-import numpy as np
 
-from calm_jax import alignment, sharding, trees
+from calm_jax import alignment, quantization, sharding, trees
 from calm_jax.array_types import Params
 from calm_jax.composition import ComposedLM
 from calm_jax.connections import CompositionConfig
-from calm_jax.models import encoder, pretrained, stacking, transformer
+from calm_jax.models import (
+  directories,
+  encoder,
+  pretrained,
+  stacking,
+  transformer,
+  weights,
+)
 from calm_jax.models.config import TransformerConfig
 from calm_jax.models.pretrained import ModelSpec
 
@@ -100,19 +107,22 @@ class Loaded:
   Attributes:
     params: nested parameters, sharded.
     fingerprint: SHA-256 of the source checkpoint and its vocabulary.
-    origin: 'pretrained' or 'random', and the path or seed, for the report.
+    origin: 'pretrained' or 'random', and the path or seed.
+    report: what was read, cast and left out, for people.
   """
 
   params: Params
   fingerprint: str
   origin: str
+  report: str = 'nothing read'
 
 
 def load(
   spec: ModelSpec,
   model: transformer.Tower,
   *,
-  mesh: Mesh,
+  mesh: Mesh | None = None,
+  places: Any = None,
   seed: int = 0,
 ) -> Loaded:
   """Reads or initialises one model, straight into its final sharding.
@@ -120,28 +130,61 @@ def load(
   Args:
     spec: the description.
     model: the module, with the cuts of the composed model.
-    mesh: the device mesh.
+    mesh: the device mesh, over which our table places the parameters.
+    places: a sharding for each parameter instead of a mesh.
     seed: of random weights.
 
   Raises:
-    ValueError: if names or shapes in the directory are not the model's.
+    ValueError: if names or shapes in the directory are not the model's, its
+      weights are not finite, or the mesh does not divide them.
   """
-  boxed = jax.eval_shape(model.init_params, jax.random.key(0))
-  places = sharding.param_shardings(boxed, mesh)
+  if places is None:
+    places = _places(spec, model, mesh)
+  keep = functools.partial(quantization.quantize_leaf, spec.quantization)
+  kept = f', as {spec.quantization.kind}' if spec.quantization else ''
   if spec.weights == 'random':
     params = _random_params(spec, model, seed=seed, places=places)
     fingerprint = trees.fingerprint(
       trees.digests(jax.device_get(params)), spec.vocabulary.fingerprint()
     )
-    return Loaded(params, fingerprint, f'random, seed {seed}')
-  tensors, fingerprint = pretrained.read_weights(spec.path)
-  loop = build_tower(spec.config)
-  wanted = nn.unbox(jax.eval_shape(loop.init_params, jax.random.key(0)))
-  trees.check_same_structure(wanted, tensors, what=str(spec.path))
+    params = jax.tree_util.tree_map_with_path(
+      lambda path, leaf: keep(trees.path_name(path), leaf), params
+    )
+    return Loaded(params, fingerprint, f'random, seed {seed}{kept}')
+  source, fingerprint = _open(spec, model)
+  tensors = trees.unflatten(source.tensors)
   if model.stack != 'loop':
-    tensors = stacking.restack(tensors, source=loop, target=model)
-  params = place(tensors, places, dtype=spec.config.param_dtype)
-  return Loaded(params, fingerprint, f'pretrained, {spec.path.name}')
+    tensors = stacking.restack(
+      tensors,
+      source=model.clone(stack='loop'),
+      target=model,
+      stack=weights.stack,
+    )
+  dtype = spec.config.param_dtype
+  return Loaded(
+    place(tensors, places, dtype=dtype, keep=keep),
+    fingerprint,
+    f'pretrained, {directories.label(spec.path)}{kept}',
+    source.report(spec.path, dtype),
+  )
+
+
+def _places(spec: ModelSpec, model: transformer.Tower, mesh: Mesh) -> Any:
+  """Returns where a model's parameters go; all of them can go there."""
+  boxed = jax.eval_shape(model.init_params, jax.random.key(0))
+  places = sharding.param_shardings(boxed, mesh)
+  quantization.check_places(spec.quantization, nn.unbox(boxed), places)
+  return places
+
+
+def _open(
+  spec: ModelSpec, model: transformer.Tower
+) -> tuple[pretrained.Source, str]:
+  """Checks a directory and all its bytes; returns its tensors, fingerprint."""
+  loop = model.clone(stack='loop')
+  wanted = nn.unbox(jax.eval_shape(loop.init_params, jax.random.key(0)))
+  source = pretrained.open_weights(spec, trees.flatten(wanted))
+  return source, pretrained.fingerprint(spec)
 
 
 def _random_params(
@@ -161,18 +204,55 @@ def _random_params(
   return jax.jit(init, out_shardings=places)(jax.random.key(seed))
 
 
-def place(tensors: Any, places: Any, *, dtype: str | None = None) -> Any:
-  """Puts host arrays on the mesh, each device taking its own part."""
+def place(
+  tensors: Any,
+  places: Any,
+  *,
+  dtype: str | None = None,
+  keep: Callable[[str, jax.Array], Any] = lambda name, leaf: leaf,
+) -> Any:
+  """Puts tensors or host arrays on the mesh, one after the other.
 
-  def one(tensor, where):
-    tensor = np.asarray(tensor)
-    return jax.make_array_from_callback(
-      tensor.shape,
-      where,
-      lambda index: tensor[index].astype(dtype or tensor.dtype),
+  Each device takes its own part, and only that part is read.
+
+  Args:
+    tensors: tree of `weights.Tensor`s or numpy arrays.
+    places: tree of their shardings.
+    dtype: what to convert to.
+    keep: turns a leaf's name and array into what stays of it.
+  """
+
+  def one(path, tensor, where):
+    tensor = weights.of_array(tensor)
+    parts = {}  # devices that hold the same part share one reading of it
+
+    def part(index):
+      if str(index) not in parts:
+        parts[str(index)] = tensor.read(index, dtype)
+      return parts[str(index)]
+
+    leaf = jax.make_array_from_callback(tensor.shape, where, part)
+    # Wait: else the parts of several tensors are in memory at once.
+    return keep(trees.path_name(path), leaf.block_until_ready())
+
+  return jax.tree_util.tree_map_with_path(one, tensors, places)
+
+
+def check_trainable(
+  trainable: str, model: ComposedLM, anchor: ModelSpec
+) -> None:
+  """Raises ValueError if this subtree of the model cannot be trained."""
+  allowed = ['composition'] if model.connections else ['anchor']
+  if trainable not in allowed:
+    raise ValueError(
+      f'trainable = {trainable!r} is not one of {allowed}: a run with'
+      ' connections trains the composition, and one without trains the anchor.'
     )
-
-  return jax.tree.map(one, tensors, places)
+  if trainable == 'anchor' and anchor.quantization is not None:
+    raise ValueError(
+      f'ANCHOR has quantization = {anchor.quantization}, and it is what is'
+      ' trained. Only frozen weights can be quantised: leave that out.'
+    )
 
 
 def frozen_tree(loaded: Mapping[str, Loaded]) -> dict[str, Any]:
@@ -190,6 +270,11 @@ def load_all(
   seed: int = 0,
 ) -> dict[str, Loaded]:
   """Loads the models of `specs`: 'anchor', and augmenting ones by name."""
+  for name, spec in specs.items():  # all are sound, before any is placed
+    tower = model.anchor if name == 'anchor' else model.augmenting[name]
+    _places(spec, tower, mesh)
+    if spec.weights == 'pretrained':
+      _open(spec, tower)
   loaded = {'anchor': load(specs['anchor'], model.anchor, mesh=mesh, seed=seed)}
   for i, (name, tower) in enumerate(sorted(model.augmenting.items())):
     loaded[name] = load(specs[name], tower, mesh=mesh, seed=seed + 1 + i)

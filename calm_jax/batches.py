@@ -163,7 +163,9 @@ class ExampleBatches:
     The third is what augmenting models with a vocabulary of their own read.
     """
     for example in self._examples:
-      prefix = [*self._bos, *example.get('inputs', ())]
+      prefix = list(example.get('inputs', ()))
+      if prefix[:1] != self._bos:  # a chat template writes BOS itself
+        prefix = self._bos + prefix
       sequence = [*prefix, *example['targets']]
       if len(sequence) < 2:
         raise ValueError(
@@ -257,7 +259,7 @@ def empty_batch(
 
 def augmenting_arrays(name: str, readings: Sequence[Reading]) -> Batch:
   """Returns the arrays [B, S] of what one model reads of B unpacked rows."""
-  length = max(len(ids) for ids, _ in readings)
+  length = max(1, *(len(ids) for ids, _ in readings))
   shape = len(readings), 1
   batch = empty_batch(shape, pad_id=0, augmenting_lengths={name: length})
   batch = {key: rows for key, rows in batch.items() if key.startswith(name)}

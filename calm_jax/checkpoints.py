@@ -16,6 +16,7 @@ import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from calm_jax import trees
@@ -153,6 +154,45 @@ class Checkpoints:
 
   def close(self) -> None:
     self._manager.close()
+
+
+def read_tree(directory: pathlib.Path, entry: str) -> dict[str, Any]:
+  """Reads one entry of a tree that another program wrote by Orbax.
+
+  Args:
+    directory: what Orbax was told to write to.
+    entry: a name at the top of the tree; nothing else is read.
+
+  Returns:
+    Nested dicts of numpy arrays; no device is touched.
+
+  Raises:
+    ValueError: if it cannot be read, or has no such entry.
+  """
+  logging.getLogger('absl').setLevel(logging.ERROR)
+  directory = pathlib.Path(directory).absolute()
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    try:
+      found = checkpointer.metadata(directory).item_metadata
+      if found is None or entry not in found.tree:
+        raise ValueError('no such entry' if found else 'no metadata')
+      wanted = {entry: found.tree[entry]}
+      return checkpointer.restore(
+        directory,
+        args=ocp.args.PyTreeRestore(
+          item=wanted,
+          restore_args=jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted
+          ),
+          partial_restore=True,
+        ),
+      )[entry]
+    except _DAMAGE as error:
+      reason = str(error).strip().split('\n')[0] or type(error).__name__
+      raise ValueError(
+        f'{directory} cannot be read as an Orbax checkpoint with the entry'
+        f' {entry!r} ({reason}). Copy it again from where it came from.'
+      ) from error
 
 
 def _from_dict(leaves: dict[str, Any], like: TrainState) -> TrainState:

@@ -111,6 +111,7 @@ class ComposedLM:
       num_heads=self.num_heads,
       config=self.composition,
       dtype=self.anchor.config.dtype,
+      parent=None,  # not a part of a module that calls us
     )
 
   def init_composition(self, rng: Array) -> dict[str, Any]:
@@ -121,9 +122,8 @@ class ComposedLM:
       number = int(hashlib.sha256(c.key.encode()).hexdigest()[:8], 16)
       query = jnp.zeros((1, 1, self.anchor.width))
       source = jnp.zeros((1, 1, self.augmenting[c.augmenting].width))
-      variables = self.cross_attention().init(
-        jax.random.fold_in(rng, number), query, source
-      )
+      key = jax.random.fold_in(rng, number)
+      variables = self.cross_attention().init(key, query, source)
       params[c.key] = variables['params']
     return params
 

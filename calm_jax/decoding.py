@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ def predict_batch(
   *,
   model: ComposedLM,
   max_new_tokens: int,
-  eos_id: int | None,
+  eos_ids: Sequence[int],
 ) -> Array:
   """Continues a batch of prompts with the likeliest token, again and again.
 
@@ -42,12 +43,12 @@ def predict_batch(
       these that also reads what is generated.
     model: composed, or an anchor alone.
     max_new_tokens: M.
-    eos_id: ends a row; None decodes M tokens.
+    eos_ids: each ends a row; with none, M tokens are decoded.
 
   Returns:
     int32 [B, M].
   """
-  stop_id = -1 if eos_id is None else eos_id
+  stop_id = eos_ids[0] if eos_ids else -1
   augmenting, transcripts = augmenting or {}, transcripts or {}
   logits_B1V, cache, used_B = _prefill(
     params,
@@ -70,7 +71,8 @@ def predict_batch(
   def advance(carry):
     step, chosen_B, out_BM, ended_B, used_B, cache = carry
     out_BM = out_BM.at[:, step].set(chosen_B)
-    ended_B = ended_B | (chosen_B == stop_id)
+    for eos_id in eos_ids:
+      ended_B |= chosen_B == eos_id
     given_B, positions_B1 = (
       jnp.maximum(chosen_B, 0),
       (lengths_B + step)[:, None],
@@ -155,7 +157,7 @@ def make_generate(
   model: ComposedLM,
   *,
   max_new_tokens: int,
-  eos_id: int | None,
+  eos_ids: Sequence[int],
   readers: Mapping[str, Reader] | None = None,
 ) -> Callable[..., list[list[int]]]:
   """Returns a compiled generate(params, prompts, readings=, batch_size=, ...).
@@ -165,7 +167,7 @@ def make_generate(
   """
   predict = jax.jit(
     functools.partial(
-      predict_batch, model=model, max_new_tokens=max_new_tokens, eos_id=eos_id
+      predict_batch, model=model, max_new_tokens=max_new_tokens, eos_ids=eos_ids
     )
   )
   transcripts = {
@@ -203,7 +205,7 @@ def make_generate(
         predict(params, tokens_BT, lengths_B, augmenting, transcripts)
       )
       for i, row in zip(rows, out_BM, strict=False):
-        new_ids[i] = _before(row.tolist(), eos_id)
+        new_ids[i] = _before(row.tolist(), eos_ids)
     return new_ids
 
   return generate
@@ -213,7 +215,7 @@ def _pad(
   prompts: Sequence[Sequence[int]], pad_id: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
   """Pads prompts on the right, to a length of few."""
-  longest = max(len(prompt) for prompt in prompts)
+  longest = max(1, *map(len, prompts))  # a model without BOS may read nothing
   return batches.pad_prompts(
     prompts, length=-(-longest // BUCKET) * BUCKET, pad_id=pad_id
   )
@@ -228,5 +230,5 @@ def _pad_readings(readings: Sequence[Reading]) -> AugmentingTokens:
   return AugmentingTokens(tokens_BS, positions_BS, visible_from_BS)
 
 
-def _before(ids: list[int], eos_id: int | None) -> list[int]:
-  return ids[: ids.index(eos_id)] if eos_id in ids else ids
+def _before(ids: list[int], eos_ids: Sequence[int]) -> list[int]:
+  return list(itertools.takewhile(lambda i: i not in eos_ids, ids))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import functools
 import json
 import pathlib
+import sys
 
 from calm_jax import api, run_files, sharding
 from calm_jax.models.pretrained import ModelSpec
@@ -46,6 +47,8 @@ def load_systems(
   models = {'anchor': api.from_spec(anchor, mesh=mesh, seed=random_seed)}
   for i, (name, spec) in enumerate(sorted(augmenting.items())):
     models[name] = api.from_spec(spec, mesh=mesh, seed=random_seed + 1 + i)
+  for name, model in models.items():  # standard output is for answers
+    print(f'{name}: {model.report}', file=sys.stderr)
   if composed:
     models['composed'] = api.load_composition(
       directory,

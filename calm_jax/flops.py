@@ -3,10 +3,9 @@
 import re
 from typing import Any
 
-import jax
 import numpy as np
 
-from calm_jax import sources
+from calm_jax import sources, trees
 from calm_jax.array_types import Batch, Params
 from calm_jax.composition import ComposedLM
 from calm_jax.models.config import TransformerConfig
@@ -81,7 +80,7 @@ def _block_sizes(tower: Any, params: Params) -> list[int]:
 def _matrices(params: Params, *, stacked: bool = False) -> int:
   return sum(
     int(np.prod(x.shape))
-    for x in jax.tree.leaves(params)
+    for x in trees.leaves(params)
     if len(x.shape) == 2 + stacked
   )
 

@@ -20,7 +20,7 @@ from absl import app, flags, logging
 import gin
 from gin import config as gin_config
 
-from calm_jax import connections, optimizers, sharding
+from calm_jax import connections, optimizers, quantization, sharding
 from calm_jax.models import config as model_config
 from calm_jax.models import layers, number_embeddings, pretrained
 
@@ -61,17 +61,27 @@ def task_vocabulary(mixture_or_task_name: str):
 
 def register() -> None:
   """Makes known to gin what a gin file may name; more than once is fine."""
-  from calm_jax import array_batches, evaluate, infer, train
+  from calm_jax import (
+    array_batches,
+    convert,
+    evaluate,
+    import_t5x,
+    infer,
+    train,
+  )
 
   named = {
     'train': train.train,
     'evaluate': evaluate.evaluate,
     'infer': infer.infer,
+    'import_t5x': import_t5x.import_t5x,
+    'convert': convert.convert,
     'seqio_batches': seqio_batches,
     'npz_batches': array_batches.npz_batches,
     'task_vocabulary': task_vocabulary,
     'ModelSpec': pretrained.ModelSpec,
     'pretrained_model': pretrained.pretrained_model,
+    'QuantizationConfig': quantization.QuantizationConfig,
     'NumberEmbeddings': number_embeddings.NumberEmbeddings,
     'TransformerConfig': model_config.TransformerConfig,
     'RopeScaling': layers.RopeScaling,
@@ -103,7 +113,7 @@ def configure(
   """Parses gin files and returns the configured entry function.
 
   Args:
-    entry: 'train', 'evaluate' or 'infer'.
+    entry: 'train', 'evaluate', 'infer', 'convert' or 'import_t5x'.
     gin_files: paths, sought as given, in `search_paths`, then in the package.
     bindings: 'NAME = value' statements, applied last.
     search_paths: folders.

@@ -89,7 +89,7 @@ def bytes_per_device(tree: Any) -> int:
   total = 0
   for leaf in jax.tree.leaves(tree):
     shape = leaf.sharding.shard_shape(leaf.shape)
-    total += int(np.prod(shape)) * leaf.dtype.itemsize
+    total += trees.stored_bytes(shape, leaf.dtype)
   return total
 
 

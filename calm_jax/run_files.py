@@ -6,18 +6,51 @@ import json
 import pathlib
 from typing import Any
 
-import jax
-import numpy as np
-import safetensors.numpy
-
-from calm_jax import trees
+from calm_jax import metrics, trees
 from calm_jax.array_types import Params
 from calm_jax.composition import ComposedLM
 from calm_jax.connections import CompositionConfig, Connection, LayerMapping
-from calm_jax.models import pretrained
+from calm_jax.models import pretrained, weight_files, weights
 
 CONFIG_FILE = 'calm_config.json'
 WEIGHTS_FILE = 'composition.safetensors'
+CARD_FILE = 'README.md'
+_CARD = """\
+---
+library_name: calm_jax
+---
+# A composition of frozen language models
+
+Cross-attention by which an anchor reads other models
+([CALM](https://arxiv.org/abs/2401.02412)). The models themselves are not here;
+a composition works with exactly those it was trained with:
+
+| model | size | fingerprint of weights and vocabulary |
+|---|---|---|
+{models}
+
+Connections:
+
+```
+{connections}
+```
+
+Trained: {count:,} parameters, {nbytes:,} bytes.
+
+To load it, with the directories of the models above:
+
+```python
+import calm_jax
+
+anchor = calm_jax.load_pretrained('...')
+augmenting = {{{names}}}  # each by calm_jax.load_pretrained
+model = calm_jax.load_composition('.', anchor=anchor, augmenting=augmenting)
+print(model.generate(['...']))
+```
+
+Files: `{config}` has the connections and fingerprints, `{weights}` the trained
+parameters. Other base weights are refused.
+"""
 
 
 def write_config(
@@ -96,7 +129,7 @@ def check_models(
   """
   expected = read_config(directory)[1]
   actual = {
-    name: pretrained.read_weights(spec.path)[1]
+    name: pretrained.fingerprint(spec)
     if spec.weights == 'pretrained'
     else expected.get(name, 'random')
     for name, spec in specs.items()
@@ -132,13 +165,45 @@ def check_run(
 def write_composition(directory: pathlib.Path, composition: Params) -> None:
   """Writes Theta_C, and nothing else, as safetensors."""
   tensors = {
-    name: np.ascontiguousarray(leaf)
-    for name, leaf in trees.flatten(jax.device_get(composition)).items()
+    name: weights.of_array(leaf)
+    for name, leaf in trees.flatten(composition).items()
   }
-  file = directory / WEIGHTS_FILE
-  temporary = file.with_suffix('.tmp')
-  safetensors.numpy.save_file(tensors, temporary)
-  temporary.replace(file)
+  weight_files.write_file(directory / WEIGHTS_FILE, tensors)
+
+
+def write_card(
+  directory: pathlib.Path, model: ComposedLM, fingerprints: Mapping[str, str]
+) -> None:
+  """Writes README.md, the model card; one that is there is left alone.
+
+  Args:
+    directory: with what `write_config` and `write_composition` have written.
+    model: the composed model.
+    fingerprints: of the frozen models by name.
+  """
+  file = directory / CARD_FILE
+  if file.exists():
+    return
+  tensors = weight_files.open_file(directory / WEIGHTS_FILE)
+  towers = {'anchor': model.anchor, **model.augmenting}
+  rows = [
+    f'| {name} | {tower.depth} blocks of width {tower.width}'
+    f' | `{fingerprints[name]}` |'
+    for name, tower in towers.items()
+  ]
+  names = ', '.join(f"'{name}': ..." for name in model.augmenting)
+  file.write_text(
+    _CARD.format(
+      models='\n'.join(rows),
+      connections=metrics.connection_table(model),
+      count=trees.num_params(tensors),
+      nbytes=trees.num_bytes(tensors),
+      names=names,
+      config=CONFIG_FILE,
+      weights=WEIGHTS_FILE,
+    ),
+    encoding='utf-8',
+  )
 
 
 def read_composition(directory: pathlib.Path) -> dict[str, Any]:
@@ -149,4 +214,6 @@ def read_composition(directory: pathlib.Path) -> dict[str, Any]:
       f'{directory} holds no {WEIGHTS_FILE}: the run has not ended. Let it end,'
       ' by the same command, first.'
     )
-  return trees.unflatten(pretrained.read_safetensors(file))
+  tensors = weight_files.open_file(file)
+  weight_files.digests(tensors, what=str(file))  # NaN and infinity are refused
+  return trees.unflatten({k: one.read() for k, one in tensors.items()})

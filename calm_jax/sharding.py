@@ -154,3 +154,11 @@ def constrain(x: Any, *logical_axes: str | None) -> Any:
   table = dict(LOGICAL_AXIS_RULES)
   spec = PartitionSpec(*(table[a] if a else None for a in logical_axes))
   return jax.lax.with_sharding_constraint(x, spec)
+
+
+def gather(x: Any, *logical_axes: str | None) -> Any:
+  """Pins a parameter to the table's sharding, collected over fsdp."""
+  table = dict(LOGICAL_AXIS_RULES)
+  return constrain(
+    x, *(None if table.get(a) == 'fsdp' else a for a in logical_axes)
+  )

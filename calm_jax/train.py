@@ -29,7 +29,7 @@ from calm_jax.array_types import Params
 from calm_jax.batches import BatchIterator
 from calm_jax.composition import ComposedLM
 from calm_jax.connections import CompositionConfig
-from calm_jax.models import pretrained, stacking
+from calm_jax.models import export, stacking, weights
 from calm_jax.models.pretrained import ModelSpec
 from calm_jax.prefetch import Prefetcher
 
@@ -97,8 +97,8 @@ def train(
     anchor, augmenting=augmenting, composition=composition, stack=stack
   )
   mesh = make_mesh()
-  sizes = train_steps, batch_size, microbatches
-  _check(model, trainable, *sizes, embedding_noise, mesh)
+  assembly.check_trainable(trainable, model, anchor)
+  _check(train_steps, batch_size, microbatches, embedding_noise, mesh)
   boxed = jax.eval_shape(model.init_params, jax.random.key(random_seed))
   places = sharding.param_shardings(boxed, mesh)
   batches = make_batches(
@@ -193,8 +193,6 @@ def say(text: str) -> None:
 
 
 def _check(
-  model: ComposedLM,
-  trainable: str,
   train_steps: int,
   batch_size: int,
   microbatches: int,
@@ -202,12 +200,6 @@ def _check(
   mesh: Mesh,
 ) -> None:
   """Raises ValueError for settings that cannot work together."""
-  allowed = ['composition'] if model.connections else ['anchor']
-  if trainable not in allowed:
-    raise ValueError(
-      f'trainable = {trainable!r} is not one of {allowed}: a run with'
-      ' connections trains the composition, and one without trains the anchor.'
-    )
   if train_steps < 1:
     raise ValueError(f'TRAIN_STEPS = {train_steps}: it must be at least 1.')
   if embedding_noise < 0:
@@ -235,6 +227,7 @@ def _load_frozen(
   loaded = assembly.load_all(model, specs, mesh=mesh, seed=seed)
   for name, one in loaded.items():
     say(f'{name}: {one.origin}, fingerprint {one.fingerprint[:16]}, frozen')
+    say(f'{name}: {one.report}')
   fingerprints = {name: one.fingerprint for name, one in loaded.items()}
   if (directory / run_files.CONFIG_FILE).exists():
     _, expected = run_files.read_config(directory)
@@ -272,6 +265,7 @@ def _start(
     return assembly.init_composition(model, mesh=mesh, seed=seed)
   loaded = assembly.load(anchor, model.anchor, mesh=mesh, seed=seed)
   say(f'anchor: {loaded.origin}, to be trained')
+  say(f'anchor: {loaded.report}')
   return loaded.params
 
 
@@ -287,15 +281,17 @@ def _export(
     return
   if 'composition' in trained:
     run_files.write_composition(directory, trained['composition'])
+    _, fingerprints = run_files.read_config(directory)
+    run_files.write_card(directory, model, fingerprints)
     return
-  loop = model.anchor.clone(stack='loop')
-  pretrained.write_model(
+  export.write_as_it_came(
     directory / 'model',
-    config=anchor.config,
+    spec=anchor,
     params=stacking.restack(
-      trained['anchor'], source=model.anchor, target=loop
+      jax.tree.map(weights.of_array, trained['anchor']),
+      source=model.anchor,
+      target=model.anchor.clone(stack='loop'),
     ),
-    vocabulary=anchor.vocabulary,
     storage_dtype=export_dtype,
   )
 

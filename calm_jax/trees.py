@@ -31,17 +31,33 @@ def unflatten(names: Mapping[str, Any]) -> dict[str, Any]:
   return tree
 
 
+def is_quantized(leaf: Any) -> bool:
+  """Whether this is a `qwix.QArray`; told by its shape, qwix is optional."""
+  return hasattr(leaf, 'qvalue')
+
+
+def leaves(tree: Any) -> list[Any]:
+  """Lists the parameters; a quantised one is one leaf, with its own shape."""
+  return jax.tree.leaves(tree, is_leaf=is_quantized)
+
+
 def num_params(tree: Any) -> int:
-  """Counts the elements of all leaves (arrays or shape structs)."""
-  return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
+  """Counts the elements of all parameters (arrays or shape structs)."""
+  return sum(int(np.prod(x.shape)) for x in leaves(tree))
 
 
 def num_bytes(tree: Any) -> int:
-  """Adds up the bytes of all leaves (arrays or shape structs)."""
-  return sum(
-    int(np.prod(x.shape)) * np.dtype(x.dtype).itemsize
-    for x in jax.tree.leaves(tree)
-  )
+  """Adds up the bytes of all arrays or shape structs, as they are stored."""
+  return sum(stored_bytes(x.shape, x.dtype) for x in jax.tree.leaves(tree))
+
+
+def stored_bytes(shape: tuple[int, ...], dtype: Any) -> int:
+  """Returns the bytes of an array on a device: two int4 share one.
+
+  `nbytes` of an int4 array says one byte each, which is numpy's layout.
+  """
+  bits = int(np.prod(shape)) * jax.dtypes.itemsize_bits(np.dtype(dtype))
+  return -(-bits // 8)
 
 
 def digest(array: Any) -> str:

@@ -99,6 +99,8 @@ def test_wrong_arguments(models, tmp_path):
     anchor.generate('a1')
   with pytest.raises(ValueError, match=r'shape \(3,\); expected \[batch, leng'):
     anchor.logits([1, 2, 3])
+  with pytest.raises(ValueError, match='ids from 1 to 37; the embedding table'):
+    anchor.logits([[1, tiny.VOCAB]])
   with pytest.raises(ValueError, match='has no composition'):
     anchor.save(tmp_path)
   with pytest.raises(ValueError, match="'post' is not one of"):
@@ -128,8 +130,14 @@ def test_a_saved_composition_is_the_same_model(
 ):
   trained.save(tmp_path)
   files = {path.name for path in tmp_path.iterdir()}
-  assert files == {'calm_config.json', 'composition.safetensors'}
-  assert str(paths) not in (tmp_path / 'calm_config.json').read_text()
+  assert files == {'calm_config.json', 'composition.safetensors', 'README.md'}
+  card = (tmp_path / 'README.md').read_text()
+  for name in ('anchor', 'code'):
+    assert f'| `{models[name].fingerprint}` |' in card
+  assert 'code: after block   1 of 2  ->  anchor: after block   0' in card
+  assert "augmenting = {'code': ...}" in card
+  for file in ('calm_config.json', 'README.md'):
+    assert str(paths) not in (tmp_path / file).read_text()
   again = calm_jax.load_composition(
     tmp_path, anchor=models['anchor'], augmenting={'code': models['code']}
   )

@@ -3,6 +3,8 @@
 Numbers are those of docs/design.md, "Invariants".
 """
 
+import dataclasses
+
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -50,6 +52,45 @@ def test_composed_is_the_anchor_at_step_0(dtype, stack):
   np.testing.assert_array_equal(tiny.logits(model, params, batch), expected)
   trained = with_random_output(params)
   assert np.any(tiny.logits(model, trained, batch) != expected)
+
+
+@pytest.mark.parametrize(
+  ('family', 'dtype'),
+  [(name, 'float32') for name in tiny.FAMILIES] + [('gemma', 'bfloat16')],
+)
+def test_families_mixed_begin_as_the_anchor(family, dtype):
+  """Each family as anchor of another and of an encoder, and the other way."""
+  names = [*tiny.FAMILIES]
+  at = names.index(family)
+  chosen = [names[(at + 4) % len(names)], [*tiny.ENCODERS][at % 2]]
+  switches = {**tiny.FAMILIES, **tiny.ENCODERS}
+
+  def config(base, name):
+    base = dataclasses.replace(tiny.with_dtype(base, dtype), num_layers=1)
+    return dataclasses.replace(base, **switches[name])
+
+  model = tiny.composed(
+    anchor=config(tiny.ANCHOR, family),
+    augmenting={name: config(tiny.AUGMENTING, name) for name in chosen},
+    mapping=[
+      tiny.connection(at, 0, name) for at, name in enumerate(chosen, -1)
+    ],
+    output_init='zeros',
+  )
+  params = toys.params(model, zero_output=True)
+  batch = tiny.batch_of(tiny.tokens((2, 9)))
+  alone = composition.ComposedLM(model.anchor)
+  expected = tiny.logits(alone, {'anchor': params['anchor']}, batch)
+  own = tiny.batch_of(tiny.tokens((2, 5), seed=1))  # of the encoder
+  for key in ('input_tokens', 'positions', 'segment_ids'):
+    batch[f'{chosen[1]}_{key}'] = own[f'decoder_{key}']
+  batch[f'{chosen[1]}_visible_from'] = np.full((2, 5), 4, np.int32)
+  run = jax.jit(model.__call__)
+  np.testing.assert_array_equal(run(params, batch), expected)
+  speaking = with_random_output(params)['composition']
+  for key in speaking:  # each one is heard
+    theta = {**params['composition'], key: speaking[key]}
+    assert np.any(run({**params, 'composition': theta}, batch) != expected)
 
 
 def test_paper_setting_is_not_the_anchor_at_step_0():
@@ -138,8 +179,6 @@ def test_segments_do_not_see_each_other(dtype):
 
 @pytest.mark.parametrize('family', tiny.FAMILIES)
 def test_padding_and_packing_change_no_real_logit(family):
-  import dataclasses
-
   anchor = dataclasses.replace(tiny.ANCHOR, **tiny.FAMILIES[family])
   model = tiny.composed(anchor=anchor)
   params = toys.params(model)
@@ -170,8 +209,6 @@ def test_padding_and_packing_change_no_real_logit(family):
   + [('gemma3', 'scan'), ('qwen2', 'scan')],
 )
 def test_prefill_and_decode_equal_the_full_forward(family, stack):
-  import dataclasses
-
   anchor = dataclasses.replace(tiny.ANCHOR, **tiny.FAMILIES[family])
   model = tiny.composed(anchor=anchor, stack=stack)
   params = toys.params(model)

@@ -42,8 +42,8 @@ def expected(model):
   return [row[n:] for row, n in zip(rows, LENGTHS, strict=True)]
 
 
-def generate(model, prompts, *, eos_id=None, **settings):
-  run = decoding.make_generate(model, max_new_tokens=NEW, eos_id=eos_id)
+def generate(model, prompts, *, eos_ids=(), **settings):
+  run = decoding.make_generate(model, max_new_tokens=NEW, eos_ids=eos_ids)
   return run(toys.params(model), prompts, batch_size=2, pad_id=7, **settings)
 
 
@@ -57,13 +57,17 @@ def test_decoding_is_argmax_of_the_full_forward(model):
 
 
 @pytest.mark.slow
-def test_eos_ends_a_row():
-  """Whatever id it has; the other rows go on."""
+def test_each_eos_ends_a_row():
+  """Whatever ids they have; the other rows go on."""
   rows = expected(COMPOSED)
-  eos_id = rows[1][3]
-  cut = [row[: row.index(eos_id)] if eos_id in row else row for row in rows]
+  eos_ids = rows[1][3], rows[0][4]
+  ends = [[i for i, x in enumerate(row) if x in eos_ids] for row in rows]
+  cut = [row[: (at or [NEW])[0]] for row, at in zip(rows, ends, strict=True)]
   assert len({len(row) for row in cut}) > 1
-  assert generate(COMPOSED, PROMPTS, eos_id=eos_id) == cut
+  assert {row[at[0]] for row, at in zip(rows, ends, strict=True) if at} == {
+    *eos_ids
+  }
+  assert generate(COMPOSED, PROMPTS, eos_ids=eos_ids) == cut
 
 
 def test_nothing_to_continue():

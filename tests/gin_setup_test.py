@@ -4,15 +4,20 @@ Run: pytest tests/gin_setup_test.py
 """
 
 import dataclasses
+import json
+import math
 import pathlib
 import re
 import subprocess
 import sys
 
+from flax import linen as nn
+import jax
 import numpy as np
 import pytest
 
 from calm_jax import assembly, evaluate, gin_setup, train, train_state
+from calm_jax.models import families, sizes
 from calm_jax.tasks import key_value_tables
 from tests import tiny, toys
 
@@ -108,6 +113,84 @@ def test_every_shipped_experiment_builds(file, monkeypatch, tmp_path):
 
 def test_there_are_experiments():
   assert EXPERIMENTS
+
+
+PAIRS = {  # connections and trained parameters: those of the files' headers
+  'gemma_7b_gemma_2b': (4, 176_185_344),
+  'llama3_8b_llama3.2_1b': (4, 302_022_656),
+  'llama3_70b_llama3_8b': (8, 2_416_050_176),
+  'qwen3_8b_qwen3_0.6b': (7, 499_179_520),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('pair', PAIRS)
+def test_every_shipped_pair_builds(pair, tmp_path, monkeypatch):
+  """Up to the shapes and shardings of all parameters, from real sizes."""
+  file = ROOT / 'gin' / 'compositions' / f'{pair}.gin'
+  written = re.findall(r"^(\w+)_SIZE = '(.*)'", file.read_text(), re.M)
+  named = {who.lower(): size for who, size in written}
+  for who, size in named.items():
+    directory = tmp_path / who
+    toys.vocabulary(64).save(directory)
+    fields = families.config_to(
+      sizes.config(size), model_type=sizes.model_type(size)
+    )
+    (directory / 'config.json').write_text(json.dumps(fields))
+  built = []
+  build = assembly.build_model
+
+  def build_and_keep(*args, **kwargs):
+    built.append(build(*args, **kwargs))
+    return built[-1]
+
+  monkeypatch.setattr(assembly, 'build_model', build_and_keep)
+  monkeypatch.setattr(assembly, 'build_readers', stop)
+  bindings = [
+    f"ANCHOR_PATH = '{tmp_path}/anchor'",
+    f"AUGMENTING_PATH = '{tmp_path}/augmenting'",
+    "pretrained_model.weights = 'random'",
+    "MODEL_DIR = '/nowhere'",
+    "MIXTURE_OR_TASK_NAME = 'any'",
+    "TASK_FEATURE_LENGTHS = {'inputs': 8, 'targets': 8}",
+    'TRAIN_STEPS = 10',
+    'BATCH_SIZE = 8',
+    "train.stack = 'scan'",
+  ]
+  entry = gin_setup.configure(
+    'train', gin_files=['runs/train.gin', str(file)], bindings=bindings
+  )
+  with pytest.raises(Reached):
+    entry()
+  model = built[0]
+  shapes = nn.unbox(jax.eval_shape(model.init_params, jax.random.key(0)))
+
+  def count(tree):
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+  assert (len(model.connections), count(shapes['composition'])) == PAIRS[pair]
+  assert count(shapes['anchor']) == sizes.parameters(named['anchor'])
+  tower = shapes['augmenting']['augmenting']
+  assert count(tower) == sizes.parameters(named['augmenting'])
+
+  # The other way round, each directory is of the wrong size.
+  swapped = [
+    f"ANCHOR_PATH = '{tmp_path}/augmenting'",
+    f"AUGMENTING_PATH = '{tmp_path}/anchor'",
+  ]
+  entry = gin_setup.configure(
+    'train',
+    gin_files=['runs/train.gin', str(file)],
+    bindings=[*bindings, *swapped],
+  )
+  with pytest.raises(ValueError, match=f'is not a {named["anchor"]}'):
+    entry()
+
+
+def test_no_pair_is_forgotten():
+  files = (ROOT / 'gin').glob('compositions/*.gin')
+  shipped = {file.stem for file in files if not file.stem.startswith('kv_')}
+  assert shipped == set(PAIRS)
 
 
 # --- What is accepted --------------------------------------------------------

@@ -109,7 +109,7 @@ def test_decoding_sees_the_tokens_that_training_saw():
     for name, reader in READERS.items()
   }
   run = decoding.make_generate(
-    OnlyWords(MODEL), max_new_tokens=steps, eos_id=None, readers=READERS
+    OnlyWords(MODEL), max_new_tokens=steps, eos_ids=(), readers=READERS
   )
   prompts = [ids for ids, _ in begun]
   assert run(PARAMS, prompts, readings=readings, batch_size=3) == expected
@@ -176,6 +176,25 @@ def test_logits_through_the_caches_are_close():
   real_BC = np.asarray(cache.visible_from['code']) < 2**30
   np.testing.assert_array_equal(real_BC.sum(1), used_B)
   assert all(row[:n].all() for row, n in zip(real_BC, used_B, strict=True))
+
+
+def test_an_empty_prompt_is_read_as_nothing():
+  """By models without BOS; the anchor has one, and speaks."""
+  bare = toys.PieceVocabulary(['ab', 'c'], bos=False)
+  readers = {
+    'code': alignment.Reader(WORDS, bare, anchor_size=16),
+    'texts': alignment.Reader(WORDS, bare, anchor_size=16, reads_targets=False),
+  }
+  nothing = {name: [([], [])] for name in readers}
+  assert all(
+    reader.read_prompt('', anchor_ends=[0]) == ([], [])
+    for reader in readers.values()
+  )
+  run = decoding.make_generate(
+    OnlyWords(MODEL), max_new_tokens=2, eos_ids=(), readers=readers
+  )
+  (words,) = run(PARAMS, [[WORDS.bos_id]], readings=nothing, batch_size=1)
+  assert len(words) == 2
 
 
 def test_packing_and_padding_change_no_real_logit():

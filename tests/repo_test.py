@@ -21,21 +21,26 @@ PACKAGE = ROOT / 'calm_jax'
 # A module imports from lower floors; the table below allows the few others.
 FLOORS = (
   'array_types trees',
-  'masks losses sharding vocabularies text.files text.settings'
+  'masks losses sharding quantization vocabularies text.files text.settings'
   ' text.added_tokens text.ends text.chat_process text.chat_templates text.base'
   ' text.byte_vocabularies text.sentencepiece_vocabulary'
   ' text.tokenizers_vocabulary alignment',
   'models.layers models.config models.attention models.transformer'
-  ' models.encoder models.stacking models.number_embeddings models.pretrained',
+  ' models.encoder models.stacking models.number_embeddings models.pretrained'
+  ' models.config_fields models.rope_fields models.family_tables'
+  ' models.tensor_names models.families models.directories models.weights'
+  ' models.weight_files models.export models.sizes',
   'connections cross_attention sources composition',
   'optimizers train_state batches array_batches prefetch data'
   ' feature_converters checkpoints metrics flops assembly run_files',
   'train_step decoding evaluation',
-  'api evaluate infer train gin_setup',
+  'api evaluate infer train convert import_t5x gin_setup',
+  'contrib.t5x',
 )
 # What a module may import of its own floor.
 WITHIN_A_FLOOR = {
   'sharding': '',
+  'quantization': 'sharding',
   'alignment': 'vocabularies',
   'text.settings': 'text.files',
   'text.chat_templates': 'text.files',
@@ -51,29 +56,49 @@ WITHIN_A_FLOOR = {
   'models.config': 'models.layers',
   'models.attention': 'models.layers models.config',
   'models.transformer': 'models.layers models.config models.attention',
+  'models.weight_files': 'models.directories models.weights',
+  'models.export': 'models.config models.directories models.families'
+  ' models.pretrained'
+  ' models.weight_files models.weights',
+  'models.pretrained': 'models.layers models.config models.number_embeddings'
+  ' models.directories models.families models.weights'
+  ' models.weight_files models.sizes',
+  'models.rope_fields': 'models.config_fields models.layers',
+  'models.tensor_names': 'models.config models.family_tables',
+  'models.families': 'models.config models.config_fields models.family_tables'
+  ' models.rope_fields models.tensor_names',
   'models.encoder': 'models.attention models.transformer',
   'models.stacking': 'models.transformer',
-  'models.pretrained': 'models.layers models.config models.number_embeddings',
+  'models.sizes': 'models.config models.families',
   'cross_attention': 'connections',
   'composition': 'connections cross_attention sources',
   'checkpoints': 'train_state',
+  'run_files': 'metrics',
   'data': 'batches',
   'array_batches': 'batches',
   'prefetch': 'batches',
   'evaluate': 'api',
   'infer': 'evaluate',
-  'gin_setup': 'evaluate infer train',
+  'import_t5x': 'api',
+  'gin_setup': 'convert evaluate import_t5x infer train',
 }
 # These import nothing of ours.
-NO_FLOOR = {'__init__', 'models.__init__', 'text.__init__'}
+NO_FLOOR = {
+  '__init__',
+  'contrib.__init__',
+  'models.__init__',
+  'text.__init__',
+}
 # Who may import a library at all, be it inside a function.
 DOORWAYS = {
   'jinja2': {'text.chat_process'},
   'gin': {'gin_setup'},
   'absl': {'gin_setup'},
   'orbax': {'checkpoints'},
-  'seqio': {'data', 'feature_converters', 'evaluation'},
+  'seqio': {'data', 'feature_converters', 'evaluation', 'contrib.t5x'},
   'tensorflow': {'data', 'feature_converters', 'evaluation'},
+  't5x': {'contrib.t5x'},
+  'qwix': {'quantization'},
   'torch': set(),
   'transformers': set(),
 }

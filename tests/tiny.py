@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm_jax import composition, connections
+from calm_jax import assembly, composition, connections
 from calm_jax.models import config, transformer
 
 VOCAB = 37
@@ -75,6 +75,18 @@ FAMILIES = {
   },
 }
 
+_T5_ENCODER = {
+  'attention': 'bidirectional',
+  'position_encoding': 'relative_bias',
+  'relative_buckets': 8,
+  'relative_max_distance': 6,
+  'attention_scale': 1.0,
+}
+ENCODERS = {
+  't5': {**_T5_ENCODER, 'mlp': 'plain', 'activation': 'relu'},
+  'mt5': {**_T5_ENCODER, 'activation': 'gelu_tanh'},
+}
+
 
 def connection(anchor_layer, augmenting_layer, augmenting='code'):
   return connections.Connection(
@@ -101,7 +113,7 @@ def composed(
   return composition.ComposedLM(
     transformer.DecoderLM(anchor, stack=stack),
     augmenting={
-      name: transformer.DecoderLM(one, stack=stack)
+      name: assembly.build_tower(one, stack=stack)
       for name, one in augmenting.items()
     },
     composition=connections.CompositionConfig(

@@ -70,7 +70,7 @@ class PieceVocabulary:
     self.size = len(pieces) + 3
     self.bos_id = len(pieces) if bos else None
     self.eos_id, self.unk_id, self.pad_id = self.size - 2, self.size - 1, None
-    self.ends_with_eos = ends_with_eos
+    self.eos_ids, self.ends_with_eos = (self.eos_id,), ends_with_eos
 
   def encode_with_ends(self, text):
     rest, ids, ends = text.encode(), [], []

@@ -115,8 +115,12 @@ def attend(
   B, T, N, H = query_BTNH.shape
   K = key_BSKH.shape[2]
   query_BTKGH = query_BTNH.reshape(B, T, K, N // K, H) * scale
-  logits = jnp.einsum('BTKGH,BSKH->BKGTS', query_BTKGH, key_BSKH)
-  logits = logits.astype(jnp.float32)
+  logits = jnp.einsum(
+    'BTKGH,BSKH->BKGTS',
+    query_BTKGH,
+    key_BSKH,
+    preferred_element_type=jnp.float32,
+  )
   if softcap is not None:
     logits = softcap * jnp.tanh(logits / softcap)
   if bias_BNTS is not None:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from calm_jax import quantization
 from calm_jax.array_types import Array, DType
 
 ACTIVATIONS = {
@@ -67,7 +68,9 @@ class Dense(nn.Module):
     # One contracted axis: XLA:CPU is three times slower at the weight
     # gradient of [B, T, in] than at that of [B * T, in].
     flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-    out = flat @ kernel.astype(self.dtype)
+    out = flat @ quantization.dequantize(
+      kernel, self.dtype, logical_axes=self.axes
+    )
     if self.bias:
       bias = self.param(
         'bias',
@@ -185,13 +188,19 @@ class Embedder(nn.Module):
 
   def encode(self, tokens_BT: Array) -> Array:
     """Looks up tokens; Gemma multiplies by sqrt(D), rounded to `dtype`."""
-    x_BTD = jnp.take(self.table_VD, tokens_BT, axis=0).astype(self.dtype)
-    return x_BTD * jnp.asarray(self.scale, self.dtype)
+    rows = jax.tree.map(lambda x: jnp.take(x, tokens_BT, axis=0), self.table_VD)
+    x_BTD = quantization.dequantize(rows, self.dtype, axis=-1)
+    # A product that something is added to may be fused with the sum, and is
+    # then not rounded. A composed model may add its own before the first block.
+    return jax.lax.optimization_barrier(
+      x_BTD * jnp.asarray(self.scale, self.dtype)
+    )
 
   def decode(self, x_BTD: Array) -> Array:
     """Multiplies by the transposed table."""
     flat = x_BTD.reshape(-1, x_BTD.shape[-1])
-    logits = flat @ self.table_VD.T.astype(self.dtype)
+    table_VD = quantization.dequantize(self.table_VD, self.dtype, axis=-1)
+    logits = flat @ table_VD.T
     return logits.reshape(*x_BTD.shape[:-1], self.vocab_size)
 
 

@@ -1,30 +1,29 @@
 """Model directories: configuration, weights, vocabulary, fingerprint.
 
-A directory holds `config.json` (the fields of `TransformerConfig` under
-`"model_type": "calm_jax"`), `model.safetensors` (parameters by their names in
-our tree), and `tokenizer.json` with `tokenizer_config.json`.
+A directory holds `config.json`, `model.safetensors` (or several such files and
+`model.safetensors.index.json`), and a vocabulary. By `model_type` in
+`config.json` it is one of ours, `calm_jax`: the fields of `TransformerConfig`,
+and parameters by their names in our tree; or one of Hugging Face, of a family
+that `families` knows.
 """
 
+from collections.abc import Mapping
 import dataclasses
-import importlib.resources
-import json
 import pathlib
 from typing import Any, Literal
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from calm_jax import trees, vocabularies
 from calm_jax.array_types import Params
+from calm_jax.models import directories, families, sizes, weight_files
+from calm_jax.models import weights as lazy
 from calm_jax.models.config import TransformerConfig
 from calm_jax.models.layers import RopeScaling
 from calm_jax.models.number_embeddings import NumberEmbeddings
+from calm_jax.quantization import QuantizationConfig
 
-CONFIG_FILE = 'config.json'
-WEIGHTS_FILE = 'model.safetensors'
 MODEL_TYPE = 'calm_jax'
-PACKAGE_PREFIX = 'calm_jax://'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,17 +32,21 @@ class ModelSpec:
 
   Attributes:
     config: sizes, switches and dtypes.
-    vocabulary: ids of its words.
+    vocabulary: ids of its words; the embedding table may be longer.
     weights: 'pretrained' reads `path`; 'random' initialises afresh.
     path: the model directory, or None.
+    model_type: whose names the tensors in the directory have.
     number_embeddings: what is added to a random embedding table.
+    quantization: how frozen weights are stored once loaded; None is as floats.
   """
 
   config: TransformerConfig
   vocabulary: vocabularies.Vocabulary
   weights: Literal['pretrained', 'random'] = 'random'
   path: pathlib.Path | None = None
+  model_type: str = MODEL_TYPE
   number_embeddings: NumberEmbeddings | None = None
+  quantization: QuantizationConfig | None = None
 
   def __post_init__(self):
     if self.weights not in ('pretrained', 'random'):
@@ -55,21 +58,19 @@ class ModelSpec:
         'number_embeddings are where random weights begin; with weights ='
         " 'pretrained' they would have no effect. Leave them out."
       )
-    if self.config.vocab_size != self.vocabulary.size:
+    # Gemma 3 1B has a token for images, and no embedding for it.
+    beyond = range(self.config.vocab_size, self.vocabulary.size)
+    if any(self.vocabulary.token_bytes(i) is not None for i in beyond):
       raise ValueError(
         f'The model has vocab_size = {self.config.vocab_size}, and its'
-        f' vocabulary has {self.vocabulary.size} words. They must be equal.'
+        f' vocabulary has {self.vocabulary.size} words: some would have no'
+        ' embedding. Give the vocabulary that belongs to the model.'
       )
-
-
-def resolve_path(path: str | pathlib.Path) -> pathlib.Path:
-  """Returns a local path; `calm_jax://...` is a folder among our own files."""
-  if str(path).startswith(PACKAGE_PREFIX):
-    inside = str(path).removeprefix(PACKAGE_PREFIX)
-    package, _, rest = inside.partition('/')
-    root = importlib.resources.files(f'calm_jax.{package}')
-    return pathlib.Path(str(root.joinpath(rest)))
-  return pathlib.Path(path).expanduser()
+    if self.quantization is not None:
+      heads = self.config.num_heads * self.config.head_dim
+      self.quantization.check_widths(
+        (self.config.embed_dim, heads, self.config.mlp_dim)
+      )
 
 
 def pretrained_model(
@@ -78,48 +79,62 @@ def pretrained_model(
   dtype: str | None = None,
   param_dtype: str | None = None,
   weights: Literal['pretrained', 'random'] = 'pretrained',
+  quantization: QuantizationConfig | None = None,
+  size: str | None = None,
+  revision: str | None = None,
 ) -> ModelSpec:
-  """Describes the model in a directory; reads no weights.
+  """Describes the model in a directory; reads headers, but no weights.
+
+  By default weights are kept in the dtype that most of them are stored in, and
+  the computation has the dtype that `config.json` names; but float32 in the
+  place of float16, in which models trained in bfloat16 overflow.
 
   Args:
-    path: a directory as described above, or `calm_jax://tasks/donors/...`.
+    path: a directory as described above, a folder among our own files
+      (`calm_jax://tasks/donors/...`), or a hub id like 'google/gemma-2b'.
     dtype: dtype of the computation, instead of the directory's.
-    param_dtype: dtype the weights are stored in once loaded.
+    param_dtype: dtype the weights are kept in once loaded.
     weights: 'random' takes everything but the weights, as a control.
+    quantization: how they are stored if they are frozen.
+    size: what the directory must hold, a name in `sizes.NAMES`.
+    revision: of a hub id: a branch, a tag or a commit.
 
   Raises:
     ValueError: if a file is missing, or holds what we do not know.
   """
-  path = resolve_path(path)
-  for name in (CONFIG_FILE, WEIGHTS_FILE, vocabularies.TOKENIZER_FILE):
-    if not (path / name).is_file():
-      raise ValueError(
-        f'{path} is not a model directory: it has no {name}. It needs'
-        f' {CONFIG_FILE}, {WEIGHTS_FILE} and {vocabularies.TOKENIZER_FILE}.'
-      )
-  config = read_config(path / CONFIG_FILE)
+  path = directories.resolve(path, revision=revision)
+  if not (path / directories.CONFIG_FILE).is_file():
+    raise ValueError(
+      f'{path} is not a model directory: it has no {directories.CONFIG_FILE}.'
+      f' It needs that, {weight_files.WEIGHTS_FILE} and a vocabulary.'
+    )
+  directories.check_links(path)
+  model_type, config = read_config(path / directories.CONFIG_FILE)
+  if weights != 'random':
+    stored = weight_files.open_directory(path)
+    if model_type != MODEL_TYPE:
+      config = _as_stored(config, stored)
+  if size is not None:
+    sizes.check(config, name=size, where=str(path))
   changes = {'dtype': dtype, 'param_dtype': param_dtype}
   changes = {name: value for name, value in changes.items() if value}
   return ModelSpec(
     config=dataclasses.replace(config, **changes),
-    vocabulary=vocabularies.TokenizersVocabulary.from_directory(path),
+    vocabulary=vocabularies.load_vocabulary(path),
     weights=weights,
     path=path,
+    model_type=model_type,
+    quantization=quantization,
   )
 
 
-def read_config(file: pathlib.Path) -> TransformerConfig:
+def read_config(file: pathlib.Path) -> tuple[str, TransformerConfig]:
   """Reads `config.json`; an unknown model type or field is a ValueError."""
-  try:
-    fields = json.loads(file.read_text())
-  except json.JSONDecodeError as error:
-    raise ValueError(f'{file} is not JSON: {error}.') from error
-  model_type = fields.pop('model_type', None)
+  fields = directories.read_json(file)
+  model_type = fields.get('model_type')
   if model_type != MODEL_TYPE:
-    raise ValueError(
-      f'{file}: model_type = {model_type!r} is not known; expected'
-      f' {MODEL_TYPE!r}.'
-    )
+    return model_type, families.config_from(fields, where=str(file))
+  del fields['model_type']
   known = {field.name for field in dataclasses.fields(TransformerConfig)}
   if fields.keys() - known:
     raise ValueError(
@@ -129,39 +144,140 @@ def read_config(file: pathlib.Path) -> TransformerConfig:
   try:
     if fields.get('rope_scaling'):
       fields['rope_scaling'] = RopeScaling(**fields['rope_scaling'])
-    return TransformerConfig(**fields)
+    return MODEL_TYPE, TransformerConfig(**fields)
   except TypeError as error:  # a field is missing
     raise ValueError(f'{file}: {error}.') from error
 
 
-def read_weights(path: pathlib.Path) -> tuple[dict[str, Any], str]:
-  """Reads the tensors of a model directory.
+def _as_stored(
+  config: TransformerConfig, stored: Mapping[str, lazy.Tensor]
+) -> TransformerConfig:
+  """Sets param_dtype to what most bytes are stored in."""
+  held = dict.fromkeys(weight_files.FLOATS, 0)
+  for tensor in stored.values():
+    if tensor.dtype in held:
+      held[tensor.dtype] += tensor.nbytes
+  kept = max(held, key=held.get).name
+  return dataclasses.replace(config, param_dtype=kept)
 
-  Returns:
-    The nested parameters as numpy arrays in their stored dtype, and the
-    SHA-256 over sorted (name, dtype, shape, bytes) and the vocabulary's hash.
+
+# --- Weights -----------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """The weights of a directory, checked, and not read.
+
+  Attributes:
+    tensors: by our names, each block apart (the 'loop' layout).
+    left_out: names in the directory of what the model does not need.
+  """
+
+  tensors: dict[str, lazy.Tensor]
+  left_out: tuple[str, ...]
+
+  def report(self, path: pathlib.Path, dtype: str | None = None) -> str:
+    """Says what is loaded, cast to `dtype` and left out, in a line."""
+    count = len(self.tensors)
+    nbytes = sum(tensor.nbytes for tensor in self.tensors.values())
+    parts = [f'{count} tensors, {nbytes / 1e9:.3g} GB, from {path}']
+    for stored in sorted({t.dtype.name for t in self.tensors.values()}):
+      if dtype is not None and stored != dtype:
+        cast = [t for t in self.tensors.values() if t.dtype.name == stored]
+        parts.append(f'cast: {len(cast)} from {stored} to {dtype}')
+    if self.left_out:
+      shown = ', '.join(self.left_out[:3])
+      more = ', ...' if len(self.left_out) > 3 else ''
+      parts.append(f'left out: {len(self.left_out)} ({shown}{more})')
+    return '; '.join(parts)
+
+
+def open_weights(spec: ModelSpec, wanted: Mapping[str, Any]) -> Source:
+  """Finds each parameter of a model in its directory; reads headers only.
+
+  Args:
+    spec: of the model.
+    wanted: arrays or shape structs by our names, in the 'loop' layout.
 
   Raises:
-    ValueError: if the file is cut short or damaged in its header.
+    ValueError: if a tensor is missing, unused, of a wrong shape or not of
+      floating point; it shows all of them.
   """
-  vocabulary = vocabularies.TokenizersVocabulary.from_directory(path)
-  tensors = read_safetensors(path / WEIGHTS_FILE)
-  fingerprint = trees.fingerprint(
-    {name: trees.digest(tensor) for name, tensor in tensors.items()},
-    extra=vocabulary.fingerprint(),
+  stored = weight_files.open_directory(spec.path)
+  native = spec.model_type == MODEL_TYPE
+  if native:
+    sources = {name: families.Source(name, False) for name in wanted}
+    left_out = ()
+  else:
+    sources = families.sources(
+      spec.config, model_type=spec.model_type, available=stored.keys()
+    )
+    used = {source.name for source in sources.values()}
+    left_out = tuple(
+      name
+      for name in sorted(stored.keys() - used)
+      if families.left_out(spec.model_type, name, spec.config)
+    )
+  expected = {}
+  for name, leaf in wanted.items():
+    shape = leaf.shape[::-1] if sources[name].transposed else leaf.shape
+    expected[sources[name].name] = np.broadcast_to(0, shape)
+  actual = {name: stored[name] for name in stored.keys() - set(left_out)}
+  trees.check_same_structure(expected, actual, what=str(spec.path))
+  for name, tensor in sorted(actual.items()):
+    if tensor.dtype not in weight_files.FLOATS:
+      raise ValueError(
+        f'{spec.path}: the tensor {name!r} is stored as {tensor.dtype}; a'
+        ' floating dtype is expected. Quantised checkpoints are not read.'
+      )
+  tensors = {}
+  for name in wanted:
+    tensor = stored[sources[name].name]
+    tensors[name] = tensor.transposed() if sources[name].transposed else tensor
+  return Source(tensors, left_out)
+
+
+def fingerprint(spec: ModelSpec) -> str:
+  """Returns the SHA-256 of a directory's tensors and vocabulary.
+
+  It is over the sorted (name, dtype, shape, digest) of the stored tensors, as
+  they are before any cast, however they are split into files.
+
+  Raises:
+    ValueError: if a tensor is damaged, or holds NaN or infinity.
+  """
+  digests = weight_files.directory_digests(spec.path)
+  if spec.config.tie_embeddings and spec.model_type != MODEL_TYPE:
+    _check_tied(spec, digests)
+  return trees.fingerprint(digests, spec.vocabulary.fingerprint())
+
+
+def _check_tied(spec: ModelSpec, digests: Mapping[str, str]) -> None:
+  """Raises ValueError if tied embeddings come with another output matrix."""
+  sources = families.sources(
+    spec.config, model_type=spec.model_type, available=digests.keys()
   )
-  return trees.unflatten(tensors), fingerprint
+  table = sources['embedder/table'].name
+  for name in digests:
+    if name.endswith('lm_head.weight') and spec.config.attention == 'causal':
+      if digests[name] != digests[table]:
+        raise ValueError(
+          f'{spec.path}: the embeddings are tied by its config.json, and'
+          f' {name} is not equal to {table}. Set tie_word_embeddings to false'
+          f' if {name} is meant, or remove it.'
+        )
 
 
-def read_safetensors(file: pathlib.Path) -> dict[str, np.ndarray]:
-  """Reads all tensors of one file; ValueError if it is not a whole one."""
-  try:
-    return safetensors.numpy.load_file(file)
-  except (safetensors.SafetensorError, OSError) as error:
-    raise ValueError(
-      f'{file} cannot be read as safetensors ({error}). Copy it again from'
-      ' where it came from.'
-    ) from error
+def read_weights(path: pathlib.Path) -> tuple[dict[str, Any], str]:
+  """Reads all tensors of a directory into nested arrays, as it names them.
+
+  Returns:
+    The arrays in their stored dtype, and the fingerprint.
+  """
+  spec = pretrained_model(path)
+  tensors = weight_files.open_directory(spec.path)
+  arrays = {name: tensor.read() for name, tensor in tensors.items()}
+  return trees.unflatten(arrays), fingerprint(spec)
 
 
 def write_model(
@@ -169,10 +285,10 @@ def write_model(
   *,
   config: TransformerConfig,
   params: Params,
-  vocabulary: vocabularies.TokenizersVocabulary,
+  vocabulary: vocabularies.Vocabulary,
   storage_dtype: str | None = None,
 ) -> str:
-  """Writes a model directory and returns its fingerprint.
+  """Writes a model directory of our own and returns its fingerprint.
 
   Args:
     directory: made if need be.
@@ -184,14 +300,15 @@ def write_model(
   directory.mkdir(parents=True, exist_ok=True)
   dtype = np.dtype(storage_dtype or config.param_dtype)
   tensors = {
-    name: np.ascontiguousarray(np.asarray(leaf).astype(dtype))
+    name: lazy.of_array(leaf).astype(dtype)
     for name, leaf in trees.flatten(params).items()
   }
   fields = dataclasses.asdict(
     dataclasses.replace(config, param_dtype=dtype.name)
   )
-  text = json.dumps({'model_type': MODEL_TYPE, **fields}, indent=2)
-  (directory / CONFIG_FILE).write_text(text + '\n')
-  safetensors.numpy.save_file(tensors, directory / WEIGHTS_FILE)
+  directories.write_json(
+    directory / directories.CONFIG_FILE, {'model_type': MODEL_TYPE, **fields}
+  )
+  weight_files.write_directory(directory, tensors)
   vocabulary.save(directory)
-  return read_weights(directory)[1]
+  return fingerprint(pretrained_model(directory))

@@ -1,5 +1,6 @@
 """From one layout of blocks to another: a loop, or scanned segments."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,13 +10,20 @@ from calm_jax.array_types import Params
 from calm_jax.models.transformer import Tower
 
 
-def restack(params: Params, *, source: Tower, target: Tower) -> Params:
+def restack(
+  params: Params,
+  *,
+  source: Tower,
+  target: Tower,
+  stack: Callable[[Sequence[Any]], Any] = jnp.stack,
+) -> Params:
   """Moves the parameters of one stack layout into another.
 
   Args:
     params: parameters (arrays of any kind) of `source`.
     source: the layout they have.
     target: the layout wanted, of the same config.
+    stack: makes one array of those of a segment's blocks.
 
   Returns:
     The same numbers in the tree of `target`.
@@ -36,5 +44,5 @@ def restack(params: Params, *, source: Tower, target: Tower) -> Params:
     if target.stack == 'loop':
       out[name] = blocks[first]
     else:
-      out[name] = jax.tree.map(lambda *x: jnp.stack(x), *blocks[first:last])
+      out[name] = jax.tree.map(lambda *x: stack(x), *blocks[first:last])
   return out

@@ -92,6 +92,7 @@ def _limit():
     resource.RLIMIT_CPU: _CPU_S,
     resource.RLIMIT_FSIZE: 0,
     resource.RLIMIT_NOFILE: 0,
+    resource.RLIMIT_NPROC: 0,
     resource.RLIMIT_CORE: 0,
   }
   for kind, limit in limits.items():

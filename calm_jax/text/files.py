@@ -62,11 +62,11 @@ def parse_json(text: str, file: pathlib.Path) -> dict[str, Any]:
   """Returns the JSON object in `text`; ValueError names `file`."""
 
   def unique(pairs):
-    keys = dict(pairs)
-    if len(keys) < len(pairs):
-      names = [name for name, _ in pairs]
-      twice = next(name for name in names if names.count(name) > 1)
-      raise ValueError(f'the key {twice!r} occurs twice')
+    keys = {}
+    for name, value in pairs:
+      if name in keys:
+        raise ValueError(f'the key {name!r} occurs twice')
+      keys[name] = value
     return keys
 
   try:

@@ -1,7 +1,6 @@
 """A Hugging Face `tokenizer.json`, through the library `tokenizers`."""
 
 from collections.abc import Iterable, Sequence
-import contextlib
 import functools
 import json
 import pathlib
@@ -21,8 +20,8 @@ class TokenizersVocabulary(base.BaseVocabulary):
   """A Hugging Face `tokenizer.json` with its special tokens by name.
 
   It does what the file says. `transformers` does too, but for the classes that
-  it builds anew from the tokens and merges alone, such as LlamaTokenizer; there
-  the two may differ in how text after a special token begins.
+  it builds anew from tokens and merges alone, such as LlamaTokenizer: there the
+  two may differ in texts that begin with a space or behind a special token.
   """
 
   def __init__(
@@ -77,7 +76,6 @@ class TokenizersVocabulary(base.BaseVocabulary):
     self._set_split(split_special_tokens)
     tokenizer.encode_special_tokens = self.split_special_tokens
     added = tokenizer.get_added_tokens_decoder()
-    self._added = frozenset(added)
     special = {index for index, token in added.items() if token.special}
     special |= {index for index in ids.values() if index is not None}
     self._special = frozenset({*special, *self.eos_ids})
@@ -86,9 +84,6 @@ class TokenizersVocabulary(base.BaseVocabulary):
     ends_or_pads = {self.bos_id, self.pad_id, *self.eos_ids}
     self._visible = frozenset({self.unk_id} - ends_or_pads)
     self._bytes = {}  # What `token_bytes` has found.
-    # It would cut spaces off the spans, and is needed for nothing else.
-    self._post_processor = tokenizer.post_processor
-    tokenizer.post_processor = None
 
   @classmethod
   def from_directory(
@@ -139,15 +134,7 @@ class TokenizersVocabulary(base.BaseVocabulary):
     directory = self._save_settings(
       directory, self._tokenizer.id_to_token, **changes
     )
-    with self._as_read() as tokenizer:
-      tokenizer.save(str(directory / TOKENIZER_FILE))
-
-  @contextlib.contextmanager
-  def _as_read(self):
-    """The tokenizer with its post-processor back in place."""
-    self._tokenizer.post_processor = self._post_processor
-    yield self._tokenizer
-    self._tokenizer.post_processor = None
+    self._tokenizer.save(str(directory / TOKENIZER_FILE))
 
   def encode(self, text: str) -> list[int]:
     return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -160,10 +147,7 @@ class TokenizersVocabulary(base.BaseVocabulary):
 
   def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
     encoding = self._tokenizer.encode(text, add_special_tokens=False)
-    found_whole = self._added | {self.unk_id}
-    token_bytes = [
-      None if i in found_whole else self.token_bytes(i) for i in encoding.ids
-    ]
+    token_bytes = [self.token_bytes(i) for i in encoding.ids]
     return encoding.ids, ends.ends_of(
       text, spans=encoding.offsets, token_bytes=token_bytes
     )
@@ -213,8 +197,7 @@ class TokenizersVocabulary(base.BaseVocabulary):
 
   @functools.cached_property
   def _digest(self) -> str:  # It takes seconds for 262,144 tokens.
-    with self._as_read() as tokenizer:
-      return self._fingerprint(json.loads(tokenizer.to_str()))
+    return self._fingerprint(json.loads(self._tokenizer.to_str()))
 
 
 def _read_tokenizer(file: pathlib.Path) -> tokenizers.Tokenizer:

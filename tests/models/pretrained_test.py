@@ -7,13 +7,21 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from calm_jax import assembly, trees
-from calm_jax.models import layers, pretrained, transformer
+from calm_jax import assembly, sharding, trees
+from calm_jax.models import (
+  export,
+  layers,
+  pretrained,
+  stacking,
+  transformer,
+  weights,
+)
 from tests import tiny, toys
 
 CONFIG = dataclasses.replace(
@@ -103,6 +111,68 @@ def test_random_weights_of_a_directory(good, one_device):
   assert np.any(table != PARAMS['embedder']['table'])
 
 
+def hugging_face(directory, *, dtype=None, **settings):
+  export.write_hugging_face(
+    directory,
+    config=tiny.ANCHOR,
+    tensors={
+      name: weights.of_array(leaf)
+      for name, leaf in trees.flatten(
+        toys.params(transformer.DecoderLM(tiny.ANCHOR))
+      ).items()
+    },
+    vocabulary=toys.vocabulary(tiny.VOCAB - 3),  # the table is padded
+    model_type='llama',
+    dtype=dtype,
+    **settings,
+  )
+  return directory
+
+
+@pytest.mark.parametrize(
+  ('stored', 'computed'),
+  [('float32', 'float32'), ('bfloat16', 'bfloat16'), ('float16', 'float32')],
+)
+def test_dtypes_of_a_hugging_face_directory(stored, computed, tmp_path):
+  hugging_face(tmp_path / 'x', dtype=stored)
+  spec = pretrained.pretrained_model(tmp_path / 'x')
+  assert (spec.config.param_dtype, spec.config.dtype) == (stored, computed)
+  spec = pretrained.pretrained_model(
+    tmp_path / 'x', dtype='float16', param_dtype='float32'
+  )
+  assert (spec.config.param_dtype, spec.config.dtype) == ('float32', 'float16')
+  fields = json.loads((tmp_path / 'x' / 'config.json').read_text())
+  fields['torch_dtype'] = 'bfloat16'  # whatever it says: as they are stored
+  (tmp_path / 'x' / 'config.json').write_text(json.dumps(fields))
+  spec = pretrained.pretrained_model(tmp_path / 'x')
+  assert (spec.config.param_dtype, spec.config.dtype) == (stored, 'bfloat16')
+
+
+@pytest.mark.parametrize('stack', ['loop', 'scan'])
+def test_sharded_and_stacked_weights_are_the_same(stack, tmp_path):
+  """Over 8 devices, from several files, with one tensor of another dtype."""
+  hugging_face(tmp_path / 'x', shard_bytes=40_000)
+  spec = pretrained.pretrained_model(tmp_path / 'x', param_dtype='bfloat16')
+  model = assembly.build_model(spec, stack=stack).anchor.clone(cuts=(2,))
+  mesh = sharding.make_mesh(data=2, fsdp=4)
+  loaded = assembly.load(spec, model, mesh=mesh)
+  one = sharding.make_mesh(devices=jax.devices()[:1])
+  whole = assembly.load(
+    spec, model.clone(stack='loop', cuts=()), mesh=one
+  ).params
+  expected = stacking.restack(
+    whole, source=model.clone(stack='loop'), target=model
+  )
+  assert trees.digests(loaded.params) == trees.digests(expected)
+  split = [
+    name
+    for name, leaf in trees.flatten(loaded.params).items()
+    if not leaf.sharding.is_fully_replicated
+  ]
+  assert len(split) == len(trees.flatten(loaded.params))
+  assert 'cast: 47 from float32 to bfloat16' in loaded.report
+
+
 # --- Fingerprints ------------------------------------------------------------
 
 
@@ -141,11 +211,16 @@ def test_a_fingerprint_changes_with(what, good, copy):
 
 
 @pytest.mark.parametrize(
-  'name', ['config.json', 'model.safetensors', 'tokenizer.json']
+  ('name', 'message'),
+  [
+    ('config.json', 'it has no config.json. It needs'),
+    ('model.safetensors', 'has neither model.safetensors nor model.safetens'),
+    ('tokenizer.json', 'has no tokenizer'),
+  ],
 )
-def test_a_missing_file_is_named(name, copy):
+def test_a_missing_file_is_named(name, message, copy):
   (copy / name).unlink()
-  with pytest.raises(ValueError, match=f'it has no {name}. It needs'):
+  with pytest.raises(ValueError, match=message):
     pretrained.pretrained_model(copy)
 
 
@@ -156,6 +231,7 @@ def test_a_missing_file_is_named(name, copy):
     ({'depth': 3}, r"config.json: unknown fields \['depth'\]; .*'num_layers'"),
     ({'activation': 'swish'}, "activation = 'swish' is not one of"),
     ({'vocab_size': 9}, 'vocab_size = 9, and its vocabulary has 37 words'),
+    ({'vocab_size': 33}, 'vocab_size = 33, and its vocabulary has 37 words'),
   ],
 )
 def test_a_wrong_config_is_refused(changes, message, copy):
@@ -186,11 +262,22 @@ def test_weights_of_another_model_show_both_differences(copy, one_device):
   assert 'block_0/mlp/up/kernel: the model has (32, 50)' in message
 
 
+def test_a_table_may_be_longer_or_lack_special_tokens(tmp_path):
+  for size in (tiny.VOCAB + 9, tiny.VOCAB - 2):  # the last are special
+    config = dataclasses.replace(CONFIG, vocab_size=size)
+    words = toys.vocabulary(tiny.VOCAB)
+    spec = pretrained.ModelSpec(config=config, vocabulary=words)
+    assert spec.config.vocab_size == size
+
+
+def test_a_size_is_checked(tmp_path):
+  path = hugging_face(tmp_path / 'x')
+  with pytest.raises(ValueError, match='is not a llama3.2_1b: vocab_size = 3'):
+    pretrained.pretrained_model(path, size='llama3.2_1b')
+  with pytest.raises(ValueError, match="size = 'llama9' is not one of"):
+    pretrained.pretrained_model(path, size='llama9')
+
+
 def test_a_wrong_source_of_weights_is_refused(good):
   with pytest.raises(ValueError, match=r"'trained' is not one of"):
     pretrained.pretrained_model(good, weights='trained')
-
-
-def test_paths_of_our_own_files():
-  path = pretrained.resolve_path('calm_jax://tasks/key_value.py')
-  assert path.is_file()

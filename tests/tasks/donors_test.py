@@ -23,6 +23,21 @@ def test_a_card_names_the_hash_of_its_weights(name):
   assert hashlib.sha256(weights).hexdigest() in card
 
 
+# Compositions that others have trained name these; they must stay.
+FINGERPRINTS = {
+  'anchor': '076f4d20c90bd76360d27c4e100e3e590a34bd3fc2ff55081dcb4ccff016851c',
+  'augmenting': (
+    'c00dded75eca4881c797ddfdecdc01f5c5824ebe141b801c34e853176a231a8e'
+  ),
+}
+
+
+@pytest.mark.parametrize('name', FINGERPRINTS)
+def test_fingerprints_stay_what_they_were(name):
+  spec = pretrained.pretrained_model(DONORS / name)
+  assert pretrained.fingerprint(spec) == FINGERPRINTS[name]
+
+
 def test_they_are_small_enough_to_ship():
   files = [path for path in DONORS.rglob('*') if path.is_file()]
   assert len(files) >= 8

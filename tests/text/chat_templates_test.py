@@ -100,10 +100,16 @@ def test_the_process_has_no_files_and_no_environment(tmp_path, monkeypatch):
   for call in ("open('/etc/passwd').read()", f"open('{target}', 'w')"):
     with pytest.raises(ValueError, match='Too many open files'):
       _render(f'{{{{ {builtins}.{call} }}}}')
-  with pytest.raises(ValueError, match='Too many open files'):
-    _render(
-      f"{{{{ {builtins}['__import__']('subprocess').check_output('id') }}}}"
-    )
+  for call in (
+    "'subprocess').check_output('id')",
+    "'socket').socket()",
+    "'os').listdir('/')",
+  ):
+    with pytest.raises(ValueError, match='Too many open files'):
+      _render(f"{{{{ {builtins}['__import__']({call} }}}}")
+  # A shell that starts cannot load its libraries.
+  shell = f"'os').system('echo a > {target}')"
+  assert _render(f"{{{{ {builtins}['__import__']({shell} }}}}") != '0'
   assert not target.exists()
 
 
@@ -150,7 +156,8 @@ def test_which_template_is_taken():
 def test_a_rendered_chat_has_one_bos(tmp_path):
   tokenizer, settings = tokens.llama3()
   settings['chat_template'] = (
-    '{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}'
+    '{{ bos_token }}{% if tools is not none %}tools{% endif %}'
+    '{% for m in messages %}<|start_header_id|>{{ m.role }}'
     '<|end_header_id|>\n\n{{ m.content }}<|eot_id|>{% endfor %}'
     '{% if add_generation_prompt %}<|start_header_id|>assistant'
     '<|end_header_id|>\n\n{% endif %}'

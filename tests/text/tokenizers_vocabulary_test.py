@@ -138,6 +138,27 @@ def test_ends_around_special_tokens(load):
   assert ends[-1] == 20
 
 
+def test_one_token_for_the_unknown_and_the_end(tmp_path):
+  """As Qwen's class has it; what ends or pads a text is not shown in it."""
+  tokenizer, settings = tokens.qwen2()
+  settings['unk_token'] = settings['pad_token']
+  directory = tokens.write(tmp_path, tokenizer, settings)
+  vocabulary = vocabularies.load_vocabulary(directory)
+  assert vocabulary.unk_id == vocabulary.pad_id
+  assert vocabulary.decode([*vocabulary.encode('a'), vocabulary.pad_id]) == 'a'
+
+
+def test_ends_behind_added_tokens(tmp_path):
+  tokenizer, settings = tokens.llama2()
+  token = tokenizers.AddedToken('<t>', lstrip=True, normalized=False)
+  tokenizer.add_tokens([token])
+  directory = tokens.write(tmp_path, tokenizer, settings)
+  vocabulary = vocabularies.load_vocabulary(directory)
+  ids, ends = vocabulary.encode_with_ends('é  <t>\U0001f600</s>x')
+  assert (ids[3], ends) == (665, [0, 1, 2, 7, 7, 8, 9, 10, 11, 15, 15, 16])
+  assert vocabulary.token_bytes(665) == b'<t>'
+
+
 def test_bytes_of_words():
   vocabulary = vocabularies.word_vocabulary(['abc', '+'], max_integer=10**4)
   id_of = vocabulary._tokenizer.token_to_id

@@ -1,0 +1,1 @@
+"""Bridges into other libraries; each imports its library, and may fail to."""
