@@ -95,9 +95,13 @@ class _Spelling:
     texts = [piece.decode('utf-8', errors='replace') for piece in pieces]
     own = self._vocabulary.encode_batch(texts)
     return [
-      ids if self._join(ids) == piece else self._longest_first(piece)
+      ids if self._is(ids, piece) else self._longest_first(piece)
       for piece, ids in zip(pieces, own, strict=True)
     ]
+
+  def _is(self, ids: Sequence[int], piece: bytes) -> bool:
+    # A vocabulary that marks where words end has no space before them.
+    return self._join(ids) in (piece, piece.removeprefix(b' '))
 
   def _join(self, ids: Iterable[int]) -> bytes | None:
     pieces = [self._bytes[i] for i in ids]

@@ -20,6 +20,7 @@ from calm_jax import alignment, batches, vocabularies
 tf.config.set_visible_devices([], 'GPU')
 
 _TEXTS = 1024  # How many are tokenized at once.
+_TEXT = 'inputs_pretokenized'  # What SeqIO calls the text of the inputs.
 _EXAMPLES = 128  # How many leave TensorFlow at once.
 _THREADS = 2  # For tf.data: it must not fight the train step for the cores.
 
@@ -214,6 +215,9 @@ def seqio_batches(
   if vocabulary is not None:
     _check_vocabulary(mixture_or_task_name, vocabulary)
   features_vocabulary = provider.output_features['targets'].vocabulary
+  keeps_text = {}
+  if readers and isinstance(provider, seqio.Mixture):
+    keeps_text['passthrough_features'] = [_TEXT]  # A mixture drops it else.
 
   def make_examples(start: int) -> Iterator[dict[str, Any]]:
     dataset = provider.get_dataset(
@@ -222,6 +226,7 @@ def seqio_batches(
       shuffle=shuffle,
       seed=seed,
       num_epochs=None,
+      **keeps_text,
     )
     examples = _examples(dataset, features, start, with_text=bool(readers))
     if not readers:
@@ -248,10 +253,10 @@ def _examples(
   """Yields ids by feature from example `start` on, and the inputs' text."""
   kept = list(features)
   if with_text and 'inputs' in features:
-    kept.append('inputs_pretokenized')
-    if kept[-1] not in dataset.element_spec:
+    kept.append(_TEXT)
+    if _TEXT not in dataset.element_spec:
       raise ValueError(
-        f'The task keeps no inputs_pretokenized, only'
+        f'The task keeps no {_TEXT}, only'
         f' {sorted(dataset.element_spec)}, and an augmenting model has a'
         ' vocabulary of its own, which needs the text. Tokenize with'
         ' copy_pretokenized=True.'
@@ -261,7 +266,7 @@ def _examples(
   for chunk in dataset.with_options(_options()):
     rows = {f: _lists(chunk[f]) for f in features}
     if with_text:
-      texts = chunk.get('inputs_pretokenized')
+      texts = chunk.get(_TEXT)
       size = len(next(iter(rows.values())))
       texts = [b''] * size if texts is None else texts.numpy()
       rows['text'] = [text.decode('utf-8') for text in texts]

@@ -134,10 +134,16 @@ def gin(name: str, **macros: object) -> list[str]:
   return [f'--gin_file=experiments/{name}', *bindings]
 
 
-def train_donors(out: pathlib.Path) -> dict[str, str]:
-  """Trains both donors from scratch; returns the macros that choose them.
+def train_donors(
+  out: pathlib.Path, augmenting: str | None, anchor_parts: Sequence[str]
+) -> dict[str, str]:
+  """Trains donors from scratch; returns the macros that choose them.
 
-  The anchor has two parts; the second begins with the weights of the first.
+  Args:
+    out: results folder.
+    augmenting: name of the augmenting model, or None for the shipped one.
+    anchor_parts: the anchor's parts, each beginning with the weights of the one
+      before; none for the shipped anchor.
   """
 
   def stage(name, **macros):
@@ -145,19 +151,29 @@ def train_donors(out: pathlib.Path) -> dict[str, str]:
     flags = gin(f'kv_quick_donor_{name}.gin', MODEL_DIR=str(run_dir), **macros)
     return Stage(run_dir / 'model' / 'model.safetensors', 'train', *flags)
 
-  run([stage('augmenting'), stage('anchor')])
-  for before, name in itertools.pairwise(ANCHOR_PARTS):
+  first = [augmenting, *anchor_parts[:1]]
+  run([stage(name) for name in first if name])
+  for before, name in itertools.pairwise(anchor_parts):
     run([stage(name, ANCHOR_PATH=str(out / 'donors' / before / 'model'))])
+  chosen = {'AUGMENTING_PATH': augmenting}
+  chosen['ANCHOR_PATH'] = anchor_parts[-1] if anchor_parts else None
   return {
-    'AUGMENTING_PATH': str(out / 'donors' / 'augmenting' / 'model'),
-    'ANCHOR_PATH': str(out / 'donors' / ANCHOR_PARTS[-1] / 'model'),
+    macro: str(out / 'donors' / name / 'model')
+    for macro, name in chosen.items()
+    if name
   }
 
 
 def composition_stages(
-  out: pathlib.Path, seed: int, donors: dict[str, str], *, prefix: str = ''
+  out: pathlib.Path,
+  seed: int,
+  donors: dict[str, str],
+  *,
+  prefix: str = '',
+  pieces: bool = False,
 ) -> tuple[list[Stage], list[Stage]]:
   """Returns the training and the evaluation of both formats for one seed."""
+  ending = '_pieces' if pieces else ''
   train, evaluate = [], []
   for answer in FORMATS:
     run_dir = out / f'{prefix}{answer}_seed{seed}'
@@ -166,7 +182,7 @@ def composition_stages(
       Stage(
         run_dir / 'composition.safetensors',
         'train',
-        *gin(f'kv_quick_{answer}.gin', **macros),
+        *gin(f'kv_quick_{answer}{ending}.gin', **macros),
       )
     )
     systems = {'SYSTEMS': ('composed', 'disconnected')} if prefix else {}
@@ -187,6 +203,11 @@ def main() -> None:
     '--from_scratch', action='store_true', help='train the two donors anew'
   )
   parser.add_argument(
+    '--pieces',
+    action='store_true',
+    help='an augmenting model with a vocabulary of its own, trained first',
+  )
+  parser.add_argument(
     '--controls',
     action='store_true',
     help='also a random augmenting model, and connections removed',
@@ -201,15 +222,18 @@ def main() -> None:
   except ValueError:
     parser.error(f'--seeds={flags.seeds} must be integers, such as 0,1,2')
   out = pathlib.Path(flags.out)
-  donors = {}
+  augmenting, anchor_parts = None, ()
   if flags.from_scratch:
     out = out / 'from_scratch'
+    augmenting, anchor_parts = 'augmenting', ANCHOR_PARTS
+  if flags.pieces:
+    out = out / 'pieces'
+    augmenting = 'augmenting_pieces'
   refuse_changed(inputs(), out)
-  if flags.from_scratch:
-    donors = train_donors(out)
+  donors = train_donors(out, augmenting, anchor_parts)
   started = time.time()
   for seed in seeds:
-    train, evaluate = composition_stages(out, seed, donors)
+    train, evaluate = composition_stages(out, seed, donors, pieces=flags.pieces)
     run(train)
     run(evaluate)
   print(
@@ -218,7 +242,7 @@ def main() -> None:
   if flags.controls:
     control = {**donors, 'AUGMENTING_WEIGHTS': 'random'}
     train, evaluate = composition_stages(
-      out, seeds[0], control, prefix='random_'
+      out, seeds[0], control, prefix='random_', pieces=flags.pieces
     )
     run(train)
     run(evaluate)

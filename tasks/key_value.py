@@ -1,16 +1,18 @@
 """The key-value tasks and mixtures, registered with SeqIO for every size.
 
-A name is `<task>_<size>`, for instance 'kv_arithmetic_quick'. Nothing is drawn
-before a data set is used.
+A name is `<task>_<size>`, for instance 'kv_arithmetic_quick', or
+`<task>_<size>_pieces` for the same texts in the vocabulary that cuts keys into
+pieces. Nothing is drawn before a data set is used.
 """
 
+from collections.abc import Callable
 import functools
 import itertools
 
 import seqio
 import tensorflow as tf
 
-from calm_jax import data
+from calm_jax import data, vocabularies
 from calm_jax.tasks import key_value_generator, key_value_tables
 
 _CHUNK = 1024  # Examples that cross from Python to TensorFlow at once.
@@ -66,14 +68,14 @@ def _final_answer(text: str, **unused_kwargs) -> str:
   return key_value_generator.final_answer(text)
 
 
-def _register(size: str, config: key_value_tables.KeyValueConfig) -> None:
-  vocabulary = data.SeqIOVocabulary(
-    functools.partial(key_value_tables.vocabulary, config)
-  )
+def _register(
+  size: str, make_vocabulary: Callable[[], vocabularies.Vocabulary], ending: str
+) -> None:
+  vocabulary = data.SeqIOVocabulary(make_vocabulary)
   for name in key_value_generator.TASKS:
     scratchpad = name == 'kv_arithmetic_scratchpad'
     seqio.TaskRegistry.add(
-      f'{name}_{size}',
+      f'{name}_{size}{ending}',
       source=_Source(name, size),
       output_features={
         'inputs': seqio.Feature(vocabulary, add_eos=False),
@@ -86,10 +88,14 @@ def _register(size: str, config: key_value_tables.KeyValueConfig) -> None:
     )
   for name, rates in key_value_generator.MIXTURES.items():
     seqio.MixtureRegistry.add(
-      f'{name}_{size}',
-      [(f'{task}_{size}', rate) for task, rate in rates.items()],
+      f'{name}_{size}{ending}',
+      [(f'{task}_{size}{ending}', rate) for task, rate in rates.items()],
     )
 
 
 for _size, _config in key_value_tables.SIZES.items():
-  _register(_size, _config)
+  for _vocabulary, _ending in (
+    (key_value_tables.vocabulary, ''),
+    (key_value_tables.pieces_vocabulary, '_pieces'),
+  ):
+    _register(_size, functools.partial(_vocabulary, _config), _ending)

@@ -12,10 +12,12 @@ by their purpose.
 from collections.abc import Sequence
 import dataclasses
 import functools
+import string
 from typing import NamedTuple
 import zlib
 
 import numpy as np
+import tokenizers
 
 from calm_jax import vocabularies
 
@@ -200,3 +202,44 @@ def vocabulary(
     largest = config.max_value * config.max_operands
   words = (*SYMBOLS, *NEUTRAL_WORDS, *table(config).keys)
   return vocabularies.word_vocabulary(words, max_integer=largest)
+
+
+@functools.cache
+def pieces_vocabulary(
+  config: KeyValueConfig,
+) -> vocabularies.TokenizersVocabulary:
+  """Returns another vocabulary for the same texts, in which keys are cut.
+
+  A byte-pair encoding that marks the last piece of a word, as GPT-1's does. A
+  key of two or three letters is one token; of a longer one the last three or
+  four letters are, after single letters. An integer is one token up to 999, and
+  above that one for its last three digits after single digits.
+  """
+  end = '</w>'
+  largest = min(config.max_value * config.max_operands, 999)
+  words = [*SYMBOLS, *map(str, range(largest + 1))]
+  kept = {(word, len(word)) for word in words}
+  kept |= {(key, (len(key) + 3) // 2) for key in table(config).keys}
+  endings = {word[-n:] for word, size in kept for n in range(2, size + 1)}
+  merges = [
+    (ending[0], ending[1:] + end)
+    for ending in sorted(endings, key=lambda ending: (len(ending), ending))
+  ]
+  characters = sorted(
+    {*string.ascii_lowercase, *string.digits, *''.join(SYMBOLS)}
+  )
+  tokens = [*characters, *(c + end for c in characters), *map(''.join, merges)]
+  tokens += ['</s>', '<pad>', '<unk>']
+  tokenizer = tokenizers.Tokenizer(
+    tokenizers.models.BPE(
+      vocab={token: index for index, token in enumerate(tokens)},
+      merges=merges,
+      unk_token='<unk>',
+      end_of_word_suffix=end,
+    )
+  )
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+  tokenizer.decoder = tokenizers.decoders.BPEDecoder(suffix=end)
+  return vocabularies.TokenizersVocabulary(
+    tokenizer, eos_token='</s>', pad_token='<pad>', unk_token='<unk>'
+  )

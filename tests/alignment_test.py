@@ -1,9 +1,12 @@
 """Two vocabularies over one text. Run: pytest tests/alignment_test.py"""
 
+import itertools
+
 import numpy as np
 import pytest
 
 from calm_jax import alignment, batches
+from calm_jax.tasks import key_value_tables
 from tests import toys
 
 ANCHOR = toys.PieceVocabulary(['ab', 'c', ' ', 'de', '+', 'abcde', 'x'])
@@ -68,6 +71,18 @@ def test_an_encoder_is_read_from_the_last_prompt_position():
 
 
 # --- Targets -----------------------------------------------------------------
+
+
+def test_a_vocabulary_without_spaces_loses_no_word():
+  """Ends of words are marked there: ' 32' is '32</w>', as it is in a text."""
+  config = key_value_tables.SIZES['quick']
+  anchor = key_value_tables.vocabulary(config)
+  pieces = key_value_tables.pieces_vocabulary(config)
+  transcript = alignment.transcribe(anchor, pieces, size=anchor.size, most=8)
+  assert not transcript.too_long_V.any()
+  for text in ('10 + 22 - 3 = 29', ' -> '.join(key_value_tables.NEUTRAL_WORDS)):
+    ids = itertools.chain(*map(transcript.of, anchor.encode(text)))
+    assert list(ids) == pieces.encode(text)
 
 
 def test_each_anchor_token_is_its_bytes():

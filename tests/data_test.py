@@ -3,13 +3,20 @@
 import functools
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
 import seqio
 import tensorflow as tf
 
-from calm_jax import batches, data, feature_converters, vocabularies
+from calm_jax import (
+  alignment,
+  batches,
+  data,
+  feature_converters,
+  vocabularies,
+)
 from calm_jax.prefetch import Prefetcher
 from tests import tokens
 
@@ -72,6 +79,24 @@ def _assert_equal(a, b):
   assert a.keys() == b.keys()
   for key in a:
     np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+@pytest.mark.parametrize('name', ['toy_a', 'toy_mix'])
+def test_another_vocabulary_reads_the_text_of_tasks_and_mixtures(name):
+  anchor, code = data.task_vocabulary(name), vocabularies.ByteVocabulary()
+  reader = alignment.Reader(anchor, code, anchor_size=anchor.size)
+  batch = next(
+    _batches(
+      name,
+      readers={'code': reader},
+      task_feature_lengths=_LENGTHS | {'code': 64},
+    )
+  )
+  for ids, segments in zip(
+    batch['code_input_tokens'], batch['code_segment_ids'], strict=True
+  ):
+    first = code.decode(ids[segments == 1])
+    assert re.match('[ab] zero', first), first
 
 
 def test_vocabulary_in_tensorflow_equals_python():

@@ -3,6 +3,7 @@
 Run: pytest tests/gin_setup_test.py
 """
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -17,6 +18,7 @@ import pytest
 
 from calm_jax import assembly, evaluate, gin_setup, train, train_state
 from calm_jax.models import families, sizes
+from calm_jax.tasks import key_value_tables
 from tests import tiny, toys
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -86,8 +88,16 @@ def entry_of(file):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('file', EXPERIMENTS, ids=lambda file: file.stem)
-def test_every_shipped_experiment_builds(file, monkeypatch):
+def test_every_shipped_experiment_builds(file, monkeypatch, tmp_path):
   """Up to the shapes and the shardings of all parameters."""
+  bindings = ["MODEL_DIR = '/nowhere'"]
+  if 'AUGMENTING_PATH = %gin.REQUIRED' in file.read_text():
+    words = key_value_tables.pieces_vocabulary(key_value_tables.SIZES['quick'])
+    config = dataclasses.replace(
+      tiny.AUGMENTING, vocab_size=words.size, num_layers=3
+    )
+    toys.model_directory(tmp_path, config, words=words)
+    bindings += [f"AUGMENTING_PATH = '{tmp_path}'"]
   for module, name in (
     (assembly, 'load_all'),  # a composition
     (train_state, 'shardings'),  # a decoder from scratch
@@ -95,7 +105,7 @@ def test_every_shipped_experiment_builds(file, monkeypatch):
   ):
     monkeypatch.setattr(module, name, stop)
   entry = gin_setup.configure(
-    entry_of(file), gin_files=[str(file)], bindings=["MODEL_DIR = '/nowhere'"]
+    entry_of(file), gin_files=[str(file)], bindings=bindings
   )
   with pytest.raises(Reached):
     entry()

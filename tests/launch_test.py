@@ -36,3 +36,23 @@ def test_finished_stages_of_other_inputs_are_refused(kv_quick, tmp_path):
     kv_quick.refuse_changed([settings], out)
   settings.write_text('A = 1')
   kv_quick.refuse_changed([settings], out)
+
+
+def test_donors_that_are_not_shipped_are_trained_first(
+  kv_quick, tmp_path, monkeypatch
+):
+  asked = []
+  monkeypatch.setattr(
+    kv_quick, 'run', lambda stages: asked.append([s.name for s in stages])
+  )
+  assert kv_quick.train_donors(tmp_path, None, ()) == {}
+  assert not any(asked)
+  asked.clear()
+  macros = kv_quick.train_donors(tmp_path, 'augmenting_pieces', ())
+  assert asked == [['model']]
+  assert macros == {
+    'AUGMENTING_PATH': str(tmp_path / 'donors' / 'augmenting_pieces' / 'model')
+  }
+  both = kv_quick.train_donors(tmp_path, 'augmenting', kv_quick.ANCHOR_PARTS)
+  assert both['ANCHOR_PATH'].endswith('anchor_final/model')
+  assert both['AUGMENTING_PATH'].endswith('augmenting/model')

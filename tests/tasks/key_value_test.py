@@ -83,17 +83,43 @@ def test_one_seed_decides_everything():
     assert rows != _examples(task, other, split, 50)
 
 
+_VOCABULARIES = (
+  key_value_tables.vocabulary,
+  key_value_tables.pieces_vocabulary,
+)
+
+
+@pytest.mark.parametrize('make_vocabulary', _VOCABULARIES)
 @pytest.mark.parametrize('size', ['quick', 'paper'])
 @pytest.mark.parametrize('task', list(key_value_generator.TASKS))
-def test_texts_survive_the_vocabulary(size, task):
+def test_texts_survive_the_vocabularies(size, task, make_vocabulary):
   config = key_value_tables.SIZES[size]
-  vocabulary = key_value_tables.vocabulary(config)
+  vocabulary = make_vocabulary(config)
   for split in key_value_generator.TASKS[task].splits:
     for example in _examples(task, size, split, 200):
       for text in example.values():
         ids = vocabulary.encode(text)
         assert vocabulary.decode(ids) == text
         assert vocabulary.unk_id not in ids
+
+
+def test_the_other_vocabulary_cuts_keys_and_leaves_integers_whole():
+  table = key_value_tables.table(_QUICK)
+  vocabulary = key_value_tables.pieces_vocabulary(_QUICK)
+  pieces = vocabulary.encode_batch(table.keys)
+  assert len(set(map(tuple, pieces))) == _QUICK.num_keys
+  assert np.mean([len(ids) > 1 for ids in pieces]) > 0.6
+  # A key's last piece says that the key ends there; a first piece never does.
+  last = {ids[-1] for ids in pieces}
+  assert not last & {i for ids in pieces for i in ids[:-1]}
+  words = [str(n) for n in range(3 * _QUICK.max_value + 1)]
+  numbers = vocabulary.encode_batch(words)
+  assert all(len(ids) == 1 for ids in numbers)
+  # The same in the middle of a text: the bytes of the anchor's tokens.
+  assert vocabulary.encode_batch([f' {word}' for word in words]) == numbers
+  anchors = key_value_tables.vocabulary(_QUICK)
+  assert vocabulary.size != anchors.size
+  assert anchors.encode_batch(words) != numbers
 
 
 @pytest.mark.parametrize('size', ['quick', 'paper'])
