@@ -199,12 +199,10 @@ def seqio_batches(
       task must keep the text of its inputs as 'inputs_pretokenized'.
 
   Returns:
-    A `BatchIterator`. Examples begin with the BOS of the 'targets' vocabulary,
-    if it has one.
+    A `BatchIterator`; examples begin with BOS, if the vocabulary has one.
 
   Raises:
-    ValueError: if SeqIO does not know the name, or the task not the split, or
-      its vocabulary is another than the anchor's.
+    ValueError: for an unknown name or split, or another vocabulary.
   """
   provider = _provider(mixture_or_task_name, split)
   features = [f for f in ('inputs', 'targets') if f in provider.output_features]
@@ -212,12 +210,10 @@ def seqio_batches(
   lengths = dict(task_feature_lengths)
   _check_lengths(mixture_or_task_name, lengths, features, readers)
   augmenting_lengths = {name: lengths.pop(name) for name in readers}
-  if vocabulary is not None:
-    _check_vocabulary(mixture_or_task_name, vocabulary)
+  _check_vocabulary(mixture_or_task_name, vocabulary)
   features_vocabulary = provider.output_features['targets'].vocabulary
-  keeps_text = {}
-  if readers and isinstance(provider, seqio.Mixture):
-    keeps_text['passthrough_features'] = [_TEXT]  # A mixture drops it else.
+  drops_text = readers and isinstance(provider, seqio.Mixture)
+  keep = {'passthrough_features': [_TEXT]} if drops_text else {}
 
   def make_examples(start: int) -> Iterator[dict[str, Any]]:
     dataset = provider.get_dataset(
@@ -226,13 +222,13 @@ def seqio_batches(
       shuffle=shuffle,
       seed=seed,
       num_epochs=None,
-      **keeps_text,
+      **keep,
     )
     examples = _examples(dataset, features, start, with_text=bool(readers))
-    if not readers:
-      return examples
-    anchor = task_vocabulary(mixture_or_task_name)
-    return alignment.read_examples(examples, readers, anchor=anchor)
+    if readers:
+      anchor = task_vocabulary(mixture_or_task_name)
+      examples = alignment.read_examples(examples, readers, anchor=anchor)
+    return examples
 
   return batches.ExampleBatches(
     make_examples,
@@ -291,9 +287,11 @@ def _check_lengths(
 
 
 def _check_vocabulary(
-  mixture_or_task_name: str, vocabulary: vocabularies.Vocabulary
+  mixture_or_task_name: str, vocabulary: vocabularies.Vocabulary | None
 ) -> None:
   """Raises ValueError unless the task has the anchor's vocabulary."""
+  if vocabulary is None:
+    return
   own = task_vocabulary(mixture_or_task_name)
   if own.fingerprint() != vocabulary.fingerprint():
     raise ValueError(
