@@ -5,13 +5,14 @@ Run: pytest tests/api_test.py
 
 import dataclasses
 import json
+import warnings
 
 import jax
 import numpy as np
 import pytest
 
 import calm_jax
-from calm_jax import evaluate, sharding
+from calm_jax import assembly, evaluate, sharding
 from calm_jax.models import pretrained
 from tests import tiny, toys
 
@@ -232,6 +233,34 @@ def test_what_does_not_belong_together_is_refused(trained, models, tmp_path):
   config.unlink()
   with pytest.raises(ValueError, match='holds no calm_config.json'):
     load(code=models['code'])
+
+
+def test_tokens_that_an_augmenting_model_sees_in_part_are_told():
+  class Reader:
+    def count_too_long(self, row):
+      return row.count(5)
+
+  class Composed:
+    readers = {'code': Reader()}
+
+  with pytest.warns(UserWarning, match="3 tokens stand for more .* 'code'"):
+    calm_jax.Model._warn_of_cuts(Composed, [[5, 1], [5, 5]])
+  with warnings.catch_warnings():
+    warnings.simplefilter('error')
+    calm_jax.Model._warn_of_cuts(Composed, [[1, 2]])
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_weights_of_sixteen_bits_are_not_trained(dtype):
+  spec = pretrained.ModelSpec(
+    config=dataclasses.replace(ANCHOR, param_dtype=dtype),
+    vocabulary=toys.vocabulary(tiny.VOCAB),
+  )
+  model = assembly.build_model(spec)
+  with pytest.raises(ValueError, match=f'ANCHOR keeps its weights in {dtype}'):
+    assembly.check_trainable('anchor', model, spec)
+  exact = dataclasses.replace(spec, config=ANCHOR)
+  assembly.check_trainable('anchor', model, exact)
 
 
 def test_an_unknown_system_is_named(paths):

@@ -14,7 +14,7 @@ import safetensors.numpy
 
 import calm_jax
 from calm_jax import convert, gin_setup, trees
-from calm_jax.models import pretrained
+from calm_jax.models import export, pretrained, weights
 from tests import foreign, tiny, toys
 
 KV_ANCHOR = 'calm_jax://tasks/donors/kv_quick/anchor'
@@ -36,6 +36,8 @@ def hugging_face(directory, model_type, *, shard='1GB', half=False, **fields):
   model.save_pretrained(directory, max_shard_size=shard)
   toys.vocabulary(foreign.VOCAB - 3).save(directory)
   (directory / 'chat_template.jinja').write_text('{{ messages }}')
+  # Of weights that are not taken over, so neither is this.
+  (directory / 'pytorch_model.bin.index.json').write_text('{}')
   return model
 
 
@@ -65,6 +67,7 @@ def test_unchanged_models_come_out_as_they_were(model_type, settings, tmp_path):
   )
   assert stored(tmp_path / 'out') == stored(tmp_path / 'in')
   assert len(list((tmp_path / 'out').glob('model-*'))) > 2
+  assert not list((tmp_path / 'out').glob('*.bin.index.json'))
   names = 'config.json tokenizer.json tokenizer_config.json chat_template.jinja'
   for name in names.split():
     one, two = ((tmp_path / where / name) for where in ('in', 'out'))
@@ -72,6 +75,17 @@ def test_unchanged_models_come_out_as_they_were(model_type, settings, tmp_path):
   again = pretrained.pretrained_model(tmp_path / 'out')
   assert again.config == spec.config
   assert pretrained.fingerprint(again) == pretrained.fingerprint(spec)
+
+
+def test_another_dtype_is_named_wherever_the_source_names_it():
+  """Gemma 3 with eyes says it twice, and two answers would be refused."""
+  fields = {'dtype': 'bfloat16', 'text_config': {'torch_dtype': 'bfloat16'}}
+  tensors = {'a': weights.of_array(np.zeros(2, np.float32))}
+  export._set_dtype(fields, tensors)
+  assert fields == {
+    'dtype': 'float32',
+    'text_config': {'torch_dtype': 'float32'},
+  }
 
 
 def json_or_text(file):
