@@ -5,7 +5,7 @@ import importlib
 __version__ = '0.1.0'
 
 _PUBLIC = {
-  'Model': 'api',
+  'Model': 'model',
   'compose': 'api',
   'load_composition': 'api',
   'load_pretrained': 'api',
@@ -13,6 +13,7 @@ _PUBLIC = {
   'CompositionConfig': 'connections',
   'Connection': 'connections',
   'LayerMapping': 'connections',
+  'DecodingConfig': 'sampling',
   'DecoderLM': 'models.transformer',
   'QuantizationConfig': 'quantization',
   'TransformerConfig': 'models.config',

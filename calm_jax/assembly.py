@@ -57,14 +57,18 @@ def build_model(
       for name, spec in augmenting.items()
     },
     composition=composition,
-    own_tokens=[k for k, v in augmenting.items() if _has_own_tokens(v, anchor)],
+    own_tokens=[
+      name
+      for name, spec in augmenting.items()
+      if not vocabularies.same_tokens(anchor.vocabulary, spec.vocabulary)
+    ],
   )
 
 
-def _has_own_tokens(augmenting: ModelSpec, anchor: ModelSpec) -> bool:
-  """Whether a model cannot just read the anchor's tokens."""
-  return augmenting.config.attention != 'causal' or not (
-    vocabularies.same_tokens(anchor.vocabulary, augmenting.vocabulary)
+def _reads_targets(spec: ModelSpec, composition: CompositionConfig) -> bool:
+  return (
+    spec.config.attention == 'causal'
+    and composition.augmenting_context == 'all'
   )
 
 
@@ -82,20 +86,22 @@ def build_readers(
   augmenting: Mapping[str, ModelSpec],
   composition: CompositionConfig | None,
 ) -> dict[str, alignment.Reader]:
-  """Returns, by name, how each model with a vocabulary of its own reads.
+  """Returns, by name, how each model with tokens of its own reads.
 
-  A model that shares the anchor's vocabulary reads its tokens, and needs none.
+  A model that shares the anchor's vocabulary, and reads all that the anchor
+  does, reads its tokens, and needs none.
   """
   return {
     name: alignment.Reader(
       anchor.vocabulary,
       spec.vocabulary,
       anchor_size=anchor.config.vocab_size,
-      reads_targets=spec.config.attention == 'causal',
+      reads_targets=_reads_targets(spec, composition),
       most=composition.tokens_per_anchor_token,
     )
     for name, spec in augmenting.items()
-    if _has_own_tokens(spec, anchor)
+    if not _reads_targets(spec, composition)
+    or not vocabularies.same_tokens(anchor.vocabulary, spec.vocabulary)
   }
 
 

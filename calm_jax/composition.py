@@ -13,34 +13,16 @@ from collections.abc import Collection, Mapping, Sequence
 import hashlib
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
 from calm_jax import masks, sources
 from calm_jax.array_types import Array, Batch, Params
+from calm_jax.composed_cache import ComposedCache
 from calm_jax.connections import CompositionConfig, Connection
 from calm_jax.cross_attention import CrossAttention
 from calm_jax.models import attention, layers, transformer
 from calm_jax.sources import AugmentingModel, AugmentingTokens, Source, View
-
-
-@flax.struct.dataclass
-class ComposedCache:
-  """All that decoding keeps of the tokens so far.
-
-  Attributes:
-    anchor: key-value caches of the anchor by segment.
-    augmenting: the same by name of the augmenting model.
-    cross: projected keys and values by connection.
-    visible_from: by name of the augmenting model, int32 [B, C]: the anchor
-      position from which each slot of its caches is read.
-  """
-
-  anchor: transformer.Cache
-  augmenting: dict[str, transformer.Cache]
-  cross: dict[str, attention.KVCache]
-  visible_from: dict[str, Array]
 
 
 class ComposedLM:
@@ -64,8 +46,8 @@ class ComposedLM:
       anchor: the model that is extended and that speaks.
       augmenting: the models that are read, by name.
       composition: required if, and only if, there are augmenting models.
-      own_tokens: names of those with a vocabulary of their own; encoders always
-        have tokens of their own.
+      own_tokens: names of those with a vocabulary of their own; those that read
+        prompts alone always have tokens of their own.
     """
     self.augmenting = dict(augmenting or {})
     self.composition = composition
@@ -81,11 +63,12 @@ class ComposedLM:
         augmenting_depths={k: m.depth for k, m in self.augmenting.items()},
       )
       self.num_heads = composition.split_heads(anchor.config)
-    self.own_tokens = {
+    self.prompt_only = {
       name
       for name, model in self.augmenting.items()
-      if name in own_tokens or not model.reads_targets
+      if not model.reads_targets or composition.augmenting_context == 'prompt'
     }
+    self.own_tokens = self.prompt_only | set(own_tokens)
     self.anchor = anchor.clone(cuts=_cuts(self.composed_layers, anchor.depth))
     self.augmenting = {
       name: model.clone(cuts=_cuts(self.tapped_layers(name), model.depth))
@@ -184,9 +167,9 @@ class ComposedLM:
         padded with is never read by a real position.
       positions_BT: int32 position, and cache slot, of each token.
       cache: from `empty_cache` or the last call.
-      augmenting: the same text for each model that has a vocabulary of its own;
-        None for an encoder that has read the prompt. Models that are not named
-        read the anchor's tokens.
+      augmenting: the same text for each model that has tokens of its own; None
+        for one that has read the prompt and reads no more. Models that are not
+        named read the anchor's tokens.
       logits_at_BM: as in `__call__`.
 
     Returns:
@@ -204,11 +187,12 @@ class ComposedLM:
     read = {
       name: sources.from_step(
         augmenting.get(name, shared),
-        model,
+        name,
+        self,
         positions_BT=positions_BT,
         visible_from_BC=cache.visible_from[name],
       )
-      for name, model in self.augmenting.items()
+      for name in self.augmenting
     }
     x_BTD, cache = self._stream(params, anchor, read, cache=cache)
     return self._logits(params, x_BTD, logits_at_BM), cache
@@ -249,6 +233,7 @@ class ComposedLM:
           stop=self.tapped_layers(name)[-1] + 1,
         )
         for name, model in self.augmenting.items()
+        if name not in self.prompt_only  # read at once: nothing to remember
       },
       cross=cross,
       visible_from={
@@ -268,19 +253,20 @@ class ComposedLM:
     """Interleaves the models; returns the anchor's last residual stream."""
     states, written = {}, ComposedCache({}, {}, {}, {})
     for name, source in read.items():
-      old = None if cache is None else cache.augmenting[name]
       written.visible_from[name] = source.visible_from_BC
       if source.view is None:
-        written.augmenting[name] = old
         continue
-      states[name], written.augmenting[name] = self.augmenting[name].apply(
+      old = None if cache is None else cache.augmenting.get(name)
+      states[name], new = self.augmenting[name].apply(
         {'params': params['augmenting'][name]},
         source.view.tokens,
         source.view.where,
         layers=self.tapped_layers(name),
-        cache=old or None,  # an encoder has none
+        cache=old,
         method='hidden_states',
       )
+      if old is not None:
+        written.augmenting[name] = new
 
     def run(x_BTD, start, stop):
       x_BTD, new = self._apply_anchor(

@@ -173,6 +173,9 @@ class CompositionConfig:
       open only where the gradient asks for it.
     position_encoding: 'rotary' turns cross queries and keys by their text
       positions; 'none' leaves them.
+    augmenting_context: 'all' gives every generated token, and so every target,
+      to all models, as the paper does; 'prompt' gives augmenting models the
+      prompt alone (the paper's ablation "m_A as an encoder", section 5).
     tokens_per_anchor_token: where an augmenting model has a vocabulary of its
       own, how many of its tokens one token of the anchor may stand for.
     param_dtype: dtype of storage; the computation has the anchor's dtype.
@@ -185,6 +188,7 @@ class CompositionConfig:
   gate: Literal['none', 'sigmoid'] = 'none'
   gate_bias: float = 0.0
   position_encoding: Literal['rotary', 'none'] = 'rotary'
+  augmenting_context: Literal['all', 'prompt'] = 'all'
   tokens_per_anchor_token: int = 8
   param_dtype: str = 'float32'
 
@@ -194,6 +198,7 @@ class CompositionConfig:
       ('output_init', ('zeros', 'fan_in')),
       ('gate', ('none', 'sigmoid')),
       ('position_encoding', ('rotary', 'none')),
+      ('augmenting_context', ('all', 'prompt')),
     ):
       if getattr(self, field) not in allowed:
         raise ValueError(

@@ -1,125 +1,86 @@
-"""Greedy decoding through the caches: prefill once, then a step a token."""
+"""Decoding on the device: a prompt at once, then a token a step.
 
-from collections.abc import Callable, Mapping, Sequence
-import functools
-import itertools
+`generation` calls the two functions here, and looks at what was chosen between
+chunks of steps. Every generated token is given to all models (the paper,
+section 3.1); models with a vocabulary of their own read its bytes.
+"""
 
+from collections.abc import Mapping, Sequence
+
+import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from calm_jax import batches, masks
-from calm_jax.alignment import Reader, Reading
-from calm_jax.array_types import Array, Params
-from calm_jax.composition import ComposedCache, ComposedLM
+from calm_jax import masks, sampling
+from calm_jax.array_types import Array, Batch, Params
+from calm_jax.composed_cache import ComposedCache
+from calm_jax.composition import ComposedLM
+from calm_jax.sampling import DecodingConfig
 from calm_jax.sources import AugmentingTokens
 
-BUCKET = 16  # prompts are padded to multiples, so that few lengths compile
+# For each model that reads generated tokens by a table of its own, the arrays
+# tokens_VR and counts_V of its `alignment.Transcript`.
+Transcripts = Mapping[str, tuple[Array, Array]]
 
 
-def predict_batch(
+@flax.struct.dataclass
+class DecodeState:
+  """All that is known after some steps.
+
+  Attributes:
+    cache: of all models; holds the prompt and all chosen tokens but the last.
+    used_B: by name of each model with a transcript, int32, the slots it fills.
+    lengths_B: int32, of the prompts.
+    seeds_B: uint32, see `sampling.choose`.
+    step: int32 scalar, tokens chosen so far, at least 1.
+    tokens_BM: int32, these tokens; a row that has ended repeats EOS.
+    last_step: int32 scalar, how many will be chosen at most.
+    ended_B: bool, whether a row has chosen EOS.
+  """
+
+  cache: ComposedCache
+  used_B: dict[str, Array]
+  lengths_B: Array
+  seeds_B: Array
+  step: Array
+  last_step: Array
+  tokens_BM: Array
+  ended_B: Array
+
+
+def prefill(
   params: Params,
   tokens_BT: Array,
   lengths_B: Array,
-  augmenting: Mapping[str, AugmentingTokens] | None = None,
-  transcripts: Mapping[str, tuple[Array, Array]] | None = None,
+  augmenting: Mapping[str, AugmentingTokens],
+  transcripts: Transcripts,
   *,
   model: ComposedLM,
-  max_new_tokens: int,
-  eos_ids: Sequence[int],
-) -> Array:
-  """Continues a batch of prompts with the likeliest token, again and again.
-
-  Every generated token is given to all models (the paper, section 3.1). A row
-  that has ended repeats EOS; the loop ends when all rows have.
+  room: int,
+) -> tuple[Array, ComposedCache, dict[str, Array]]:
+  """Gives all models their prompts.
 
   Args:
     params: of `model`.
     tokens_BT: int32 prompts of unequal length, padded on the right.
     lengths_B: int32, at least 1.
-    augmenting: the prompts of models with a vocabulary of their own, padded on
-      the right.
-    transcripts: tokens_VR and counts_V of an `alignment.Transcript` for each of
-      these that also reads what is generated.
+    augmenting: the prompts of models with tokens of their own, padded on the
+      right.
+    transcripts: of those that also read what is generated.
     model: composed, or an anchor alone.
-    max_new_tokens: M.
-    eos_ids: each ends a row; with none, M tokens are decoded.
+    room: M, how many tokens can follow.
 
   Returns:
-    int32 [B, M].
-  """
-  stop_id = eos_ids[0] if eos_ids else -1
-  augmenting, transcripts = augmenting or {}, transcripts or {}
-  logits_B1V, cache, used_B = _prefill(
-    params,
-    tokens_BT,
-    lengths_B,
-    augmenting,
-    model=model,
-    max_new_tokens=max_new_tokens,
-    widths={name: one[0].shape[1] for name, one in transcripts.items()},
-  )
-
-  def choose(logits_B1V, ended_B):
-    likeliest_B = jnp.argmax(logits_B1V[:, 0], axis=-1).astype(jnp.int32)
-    return jnp.where(ended_B, stop_id, likeliest_B)
-
-  def unfinished(carry):
-    step, _, _, ended_B, _, _ = carry
-    return (step < max_new_tokens) & ~jnp.all(ended_B)
-
-  def advance(carry):
-    step, chosen_B, out_BM, ended_B, used_B, cache = carry
-    out_BM = out_BM.at[:, step].set(chosen_B)
-    for eos_id in eos_ids:
-      ended_B |= chosen_B == eos_id
-    given_B, positions_B1 = (
-      jnp.maximum(chosen_B, 0),
-      (lengths_B + step)[:, None],
-    )
-    new = dict.fromkeys(augmenting)  # nothing, to an encoder
-    for name, transcript in transcripts.items():
-      new[name] = _next_tokens(transcript, given_B, used_B[name], positions_B1)
-      used_B = {**used_B, name: used_B[name] + transcript[1][given_B]}
-    logits_B1V, cache = model.extend(
-      params, given_B[:, None], positions_B1, cache, augmenting=new
-    )
-    chosen_B = choose(logits_B1V, ended_B)
-    return step + 1, chosen_B, out_BM, ended_B, used_B, cache
-
-  ended_B = jnp.zeros(lengths_B.shape, bool)
-  out_BM = jnp.full((*lengths_B.shape, max_new_tokens), stop_id, jnp.int32)
-  carry = (0, choose(logits_B1V, ended_B), out_BM, ended_B, used_B, cache)
-  return jax.lax.while_loop(unfinished, advance, carry)[2]
-
-
-def _prefill(
-  params: Params,
-  tokens_BT: Array,
-  lengths_B: Array,
-  augmenting: Mapping[str, AugmentingTokens],
-  *,
-  model: ComposedLM,
-  max_new_tokens: int,
-  widths: Mapping[str, int],
-) -> tuple[Array, ComposedCache, dict[str, Array]]:
-  """Gives all models their prompts.
-
-  Returns:
-    The logits [B, 1, V] after each prompt; the caches, with room for
-    `max_new_tokens`, times R = `widths[name]` for a model of that name; and how
-    many slots [B] of that model are taken.
+    The logits [B, V] after each prompt, the caches, and `DecodeState.used_B`.
   """
   B, T = tokens_BT.shape
   slots = {name: new.tokens_BS.shape[1] for name, new in augmenting.items()}
   used_B = {}
-  for name, width in widths.items():
-    slots[name] += max_new_tokens * width
+  for name, (tokens_VR, _) in transcripts.items():
+    slots[name] += room * tokens_VR.shape[1]
     is_token_BS = augmenting[name].visible_from_BS < masks.NEVER
     used_B[name] = jnp.sum(is_token_BS, axis=1, dtype=jnp.int32)
-  cache = model.empty_cache(
-    batch=B, slots=T + max_new_tokens, augmenting_slots=slots
-  )
+  cache = model.empty_cache(batch=B, slots=T + room, augmenting_slots=slots)
   logits_B1V, cache = model.extend(
     params,
     tokens_BT,
@@ -128,10 +89,138 @@ def _prefill(
     augmenting=augmenting,
     logits_at_BM=lengths_B[:, None] - 1,
   )
-  return logits_B1V, cache, used_B
+  return logits_B1V[:, 0], cache, used_B
 
 
-def _next_tokens(
+def start(
+  params: Params,
+  tokens_BT: Array,
+  lengths_B: Array,
+  seeds_BN: Array,
+  last_step: Array,
+  augmenting: Mapping[str, AugmentingTokens],
+  transcripts: Transcripts,
+  *,
+  model: ComposedLM,
+  room: int,
+  config: DecodingConfig,
+  eos_ids: Sequence[int],
+) -> DecodeState:
+  """Reads the prompts and chooses a first token for each of N samples.
+
+  Args:
+    params: as in `prefill`, and so the other arguments that it has.
+    tokens_BT: as there.
+    lengths_B: as there.
+    seeds_BN: uint32, of each sample.
+    last_step: int32 scalar, how many tokens will be chosen at most.
+    augmenting: as in `prefill`.
+    transcripts: as in `prefill`.
+    model: as in `prefill`.
+    room: as in `prefill`.
+    config: how tokens are chosen.
+    eos_ids: each ends a row.
+
+  Returns:
+    The state of B N rows, the samples of a prompt side by side.
+  """
+  logits_BV, cache, used_B = prefill(
+    params,
+    tokens_BT,
+    lengths_B,
+    augmenting,
+    transcripts,
+    model=model,
+    room=room,
+  )
+  B, N = seeds_BN.shape
+  rows = jnp.repeat(jnp.arange(B), N)
+  state = DecodeState(
+    cache=cache.take_rows(rows) if N > 1 else cache,
+    used_B=jax.tree.map(lambda x: x[rows], used_B),
+    lengths_B=lengths_B[rows],
+    seeds_B=seeds_BN.reshape(B * N),
+    step=jnp.int32(0),
+    last_step=jnp.int32(last_step),
+    tokens_BM=jnp.full((B * N, room), filler(eos_ids), jnp.int32),
+    ended_B=jnp.zeros(B * N, bool),
+  )
+  return _choose(state, logits_BV[rows], config, eos_ids)
+
+
+def advance(
+  params: Params,
+  state: DecodeState,
+  until: Array,
+  transcripts: Transcripts,
+  *,
+  model: ComposedLM,
+  config: DecodingConfig,
+  eos_ids: Sequence[int],
+) -> DecodeState:
+  """Chooses tokens up to step `until`, or until all rows have ended."""
+  until = jnp.minimum(until, state.last_step)
+
+  def unfinished(state):
+    return (state.step < until) & ~jnp.all(state.ended_B)
+
+  def step(state):
+    logits_BV, state = feed(params, state, transcripts, model=model)
+    return _choose(state, logits_BV, config, eos_ids)
+
+  return jax.lax.while_loop(unfinished, step, state)
+
+
+def feed(
+  params: Params,
+  state: DecodeState,
+  transcripts: Transcripts,
+  *,
+  model: ComposedLM,
+) -> tuple[Array, DecodeState]:
+  """Gives the last chosen token to all models; returns the logits [B, V]."""
+  last_B = jax.lax.dynamic_index_in_dim(
+    state.tokens_BM, state.step - 1, axis=1, keepdims=False
+  )
+  positions_B1 = (state.lengths_B + state.step - 1)[:, None]
+  new: dict[str, AugmentingTokens | None] = dict.fromkeys(model.own_tokens)
+  used_B = dict(state.used_B)
+  for name, transcript in transcripts.items():
+    new[name] = _transcribed(transcript, last_B, used_B[name], positions_B1)
+    used_B[name] += transcript[1][last_B]
+  logits_B1V, cache = model.extend(
+    params, last_B[:, None], positions_B1, state.cache, augmenting=new
+  )
+  return logits_B1V[:, 0], state.replace(cache=cache, used_B=used_B)
+
+
+def _choose(
+  state: DecodeState,
+  logits_BV: Array,
+  config: DecodingConfig,
+  eos_ids: Sequence[int],
+) -> DecodeState:
+  """Writes the next token of each row."""
+  chosen_B = sampling.choose(logits_BV, state.seeds_B, state.step, config)
+  chosen_B = jnp.where(state.ended_B, filler(eos_ids), chosen_B)
+  return state.replace(
+    step=state.step + 1,
+    tokens_BM=state.tokens_BM.at[:, state.step].set(chosen_B),
+    ended_B=state.ended_B | is_any_of(chosen_B, eos_ids),
+  )
+
+
+def filler(eos_ids: Sequence[int]) -> int:
+  """Returns what stands after the end of a row."""
+  return eos_ids[0] if eos_ids else 0
+
+
+def is_any_of(tokens: Array, ids: Sequence[int]) -> Array:
+  """Returns whether each token is one of `ids`, bool of the same shape."""
+  return jnp.isin(tokens, jnp.asarray(ids, jnp.int32))
+
+
+def _transcribed(
   transcript: tuple[Array, Array],
   given_B: Array,
   used_B: Array,
@@ -153,82 +242,69 @@ def _next_tokens(
   )
 
 
-def make_generate(
-  model: ComposedLM,
+def predict_batch(
+  params: Params,
+  tokens_BT: Array,
+  lengths_B: Array,
+  augmenting: Mapping[str, AugmentingTokens] | None = None,
+  transcripts: Transcripts | None = None,
   *,
+  model: ComposedLM,
   max_new_tokens: int,
   eos_ids: Sequence[int],
-  readers: Mapping[str, Reader] | None = None,
-) -> Callable[..., list[list[int]]]:
-  """Returns a compiled generate(params, prompts, readings=, batch_size=, ...).
+  config: DecodingConfig = DecodingConfig(),
+) -> Array:
+  """Continues a batch of prompts in one go, as T5X's function of this name.
 
-  The result takes lists of ids and returns lists of new ids, cut before EOS.
-  `readings` holds, by name of each reader, the same prompts as it reads them.
+  Returns:
+    int32 [B, max_new_tokens]; a row that has ended repeats EOS.
   """
-  predict = jax.jit(
-    functools.partial(
-      predict_batch, model=model, max_new_tokens=max_new_tokens, eos_ids=eos_ids
-    )
+  augmenting, transcripts = augmenting or {}, transcripts or {}
+  settings = {'model': model, 'config': config, 'eos_ids': eos_ids}
+  seeds_B1 = jnp.arange(len(tokens_BT), dtype=jnp.uint32)[:, None]
+  state = start(
+    params,
+    tokens_BT,
+    lengths_B,
+    seeds_B1,
+    max_new_tokens,
+    augmenting,
+    transcripts,
+    room=max_new_tokens,
+    **settings,
   )
-  transcripts = {
-    name: (reader.transcript.tokens_VR, reader.transcript.counts_V)
-    for name, reader in (readers or {}).items()
-    if reader.transcript is not None
-  }
-  transcripts = jax.tree.map(jnp.asarray, transcripts)
-
-  def generate(
-    params: Params,
-    prompts: Sequence[Sequence[int]],
-    *,
-    readings: Mapping[str, Sequence[Reading]] | None = None,
-    batch_size: int = 64,
-    pad_id: int | None = None,
-  ) -> list[list[int]]:
-    if any(not prompt for prompt in prompts):
-      raise ValueError(
-        'A prompt is empty: with nothing to read there is nothing to continue.'
-        ' Give at least one token.'
-      )
-    # Rows of like length share a batch; results go back to their places.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    new_ids: list[list[int]] = [[] for _ in prompts]
-    for start in range(0, len(order), batch_size):
-      rows = order[start : start + batch_size]
-      filled = rows + rows[:1] * (batch_size - len(rows))
-      tokens_BT, lengths_B = _pad([prompts[i] for i in filled], pad_id)
-      augmenting = {
-        name: _pad_readings([of_prompts[i] for i in filled])
-        for name, of_prompts in (readings or {}).items()
-      }
-      out_BM = np.asarray(
-        predict(params, tokens_BT, lengths_B, augmenting, transcripts)
-      )
-      for i, row in zip(rows, out_BM, strict=False):
-        new_ids[i] = _before(row.tolist(), eos_ids)
-    return new_ids
-
-  return generate
+  state = advance(params, state, max_new_tokens, transcripts, **settings)
+  return state.tokens_BM
 
 
-def _pad(
-  prompts: Sequence[Sequence[int]], pad_id: int | None
-) -> tuple[np.ndarray, np.ndarray]:
-  """Pads prompts on the right, to a length of few."""
-  longest = max(1, *map(len, prompts))  # a model without BOS may read nothing
-  return batches.pad_prompts(
-    prompts, length=-(-longest // BUCKET) * BUCKET, pad_id=pad_id
+@flax.struct.dataclass
+class Scores:
+  """How likely the targets of each row are.
+
+  Attributes:
+    log_likelihood_B: float32, in nats, summed over the row's targets.
+    count_B: int32, how many targets a row has.
+    is_greedy_B: bool, whether each target is the likeliest token.
+  """
+
+  log_likelihood_B: Array
+  count_B: Array
+  is_greedy_B: Array
+
+
+def score_batch(params: Params, batch: Batch, *, model: ComposedLM) -> Scores:
+  """Scores the targets of unpacked rows; see `calm_jax.batches` for the keys.
+
+  The target of a position counts where `decoder_loss_weights` is not 0.
+  """
+  logits_BTV = model(params, batch).astype(jnp.float32)
+  targets_BT = batch['decoder_target_tokens']
+  is_target_BT = batch['decoder_loss_weights'] > 0
+  chances_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
+  chance_BT = jnp.take_along_axis(chances_BTV, targets_BT[..., None], axis=-1)
+  is_likeliest_BT = jnp.argmax(logits_BTV, axis=-1) == targets_BT
+  return Scores(
+    log_likelihood_B=jnp.sum(chance_BT[..., 0] * is_target_BT, axis=1),
+    count_B=jnp.sum(is_target_BT, axis=1, dtype=jnp.int32),
+    is_greedy_B=jnp.all(is_likeliest_BT | ~is_target_BT, axis=1),
   )
-
-
-def _pad_readings(readings: Sequence[Reading]) -> AugmentingTokens:
-  tokens_BS, _ = _pad([ids for ids, _ in readings], None)
-  visible_from_BS, _ = _pad([visible for _, visible in readings], masks.NEVER)
-  positions_BS = np.broadcast_to(
-    np.arange(tokens_BS.shape[1], dtype=np.int32), tokens_BS.shape
-  )
-  return AugmentingTokens(tokens_BS, positions_BS, visible_from_BS)
-
-
-def _before(ids: list[int], eos_ids: Sequence[int]) -> list[int]:
-  return list(itertools.takewhile(lambda i: i not in eos_ids, ids))

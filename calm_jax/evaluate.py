@@ -11,6 +11,7 @@ import pathlib
 import sys
 
 from calm_jax import api, run_files, sharding
+from calm_jax.model import Model
 from calm_jax.models.pretrained import ModelSpec
 
 
@@ -21,7 +22,7 @@ def load_systems(
   augmenting: Mapping[str, ModelSpec],
   systems: Sequence[str],
   random_seed: int = 0,
-) -> dict[str, api.Model]:
+) -> dict[str, Model]:
   """Loads what is to be decoded.
 
   Args:

@@ -21,8 +21,9 @@ from flax import linen as nn
 import jax
 import numpy as np
 
-from calm_jax import api, checkpoints, run_files, trees, vocabularies
+from calm_jax import checkpoints, run_files, trees, vocabularies
 from calm_jax.array_types import Params
+from calm_jax.model import Model
 from calm_jax.models import pretrained, transformer
 from calm_jax.models.config import TransformerConfig
 
@@ -132,7 +133,7 @@ def export_composition(
   checkpoint: str | pathlib.Path,
   directory: str | pathlib.Path,
   *,
-  model: api.Model,
+  model: Model,
 ) -> None:
   """Writes what `load_composition` reads, from a run of `contrib.t5x`.
 

@@ -2,8 +2,8 @@
 
 One rule covers every pair of models: a position s of the augmenting model is
 read from the anchor position `visible_from[s]` on. With one shared tokenizer
-that is s itself; with two, see `calm_jax.alignment`; an encoder is read
-from the last position of the prompt on.
+that is s itself; with two, see `calm_jax.alignment`; a model that reads the
+prompt alone, as encoders do, is read from the last position of the prompt on.
 """
 
 from collections.abc import Collection, Mapping
@@ -89,6 +89,7 @@ class Composed(Protocol):
 
   augmenting: Mapping[str, AugmentingModel]
   own_tokens: Collection[str]
+  prompt_only: Collection[str]
 
 
 def side_of(batch: Mapping[str, Any], name: str, composed: Composed) -> str:
@@ -126,7 +127,7 @@ def from_batch(batch: Batch, name: str, composed: Composed) -> Source:
   text_positions_BS = positions_BS
   if side != 'decoder':
     visible_from_BS = batch[f'{side}_visible_from']
-    if model.reads_targets:
+    if name not in composed.prompt_only:
       text_positions_BS = jnp.take_along_axis(
         batch['decoder_positions'], visible_from_BS, axis=1, mode='clip'
       )
@@ -154,7 +155,8 @@ def from_batch(batch: Batch, name: str, composed: Composed) -> Source:
 
 def from_step(
   new: AugmentingTokens | None,
-  model: AugmentingModel,
+  name: str,
+  composed: Composed,
   *,
   positions_BT: Array,
   visible_from_BC: Array,
@@ -162,8 +164,9 @@ def from_step(
   """Returns what a model reads in a step of decoding.
 
   Args:
-    new: the new tokens, or None for an encoder that has read its prompt.
-    model: the augmenting model.
+    new: the new tokens, or None for a model that has read all it will.
+    name: of the augmenting model.
+    composed: what it is a part of.
     positions_BT: int32 positions of the anchor's new tokens.
     visible_from_BC: of the slots of the caches so far.
   """
@@ -174,12 +177,13 @@ def from_step(
   visible_from_BC = visible_from_BC.at[rows_B1, new.positions_BS].set(
     new.visible_from_BS
   )
-  if model.reads_targets:
+  if name not in composed.prompt_only:
     slots = visible_from_BC.shape[1]
     where = attention.Positions.cached(new.positions_BS, slots)
     text_positions_BS = new.visible_from_BS
   else:
     is_token_BS = (new.visible_from_BS < masks.NEVER).astype(jnp.int32)
+    model = composed.augmenting[name]
     where = model.whole(new.positions_BS, is_token_BS)
     text_positions_BS = new.positions_BS
   return Source(

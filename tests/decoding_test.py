@@ -1,4 +1,4 @@
-"""Greedy decoding through the caches, against a loop without any.
+"""Decoding through the caches, against a loop without any.
 
 Run: pytest tests/decoding_test.py
 """
@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from calm_jax import composition, decoding
+from calm_jax import composition, decoding, generation, sampling
 from tests import tiny, toys
 
 SMALL = dataclasses.replace(tiny.ANCHOR, num_layers=2, window_pattern=(4, None))
@@ -42,18 +42,34 @@ def expected(model):
   return [row[n:] for row, n in zip(rows, LENGTHS, strict=True)]
 
 
-def generate(model, prompts, *, eos_ids=(), **settings):
-  run = decoding.make_generate(model, max_new_tokens=NEW, eos_ids=eos_ids)
-  return run(toys.params(model), prompts, batch_size=2, pad_id=7, **settings)
+@functools.cache
+def generator(model, eos_ids=()):
+  vocabulary = toys.IdVocabulary(eos_ids=eos_ids)
+  return generation.Generator(model, vocabulary=vocabulary)
+
+
+def decode(model, prompts, *, eos_ids=(), new=NEW, **settings):
+  settings = {'batch_size': 2, 'max_new_tokens': new, **settings}
+  return generator(model, eos_ids)(toys.params(model), prompts, **settings)
+
+
+def generate(model, prompts, **settings):
+  found = decode(model, prompts, **settings)
+  assert {len(each) for each in found} <= {1}
+  return [each[0].tokens for each in found]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('model', [ALONE, COMPOSED], ids=['alone', 'composed'])
-def test_decoding_is_argmax_of_the_full_forward(model):
+def test_decoding_is_argmax_of_the_full_forward(model, monkeypatch):
   """Ragged prompts, in batches of two by length, answered in their order."""
   assert len({tuple(row) for row in expected(model)}) > 2
   assert generate(model, PROMPTS) == expected(model)
   assert expected(ALONE) != expected(COMPOSED)
+  monkeypatch.setattr(generation, 'CHUNK', 2)  # looks in between
+  assert generate(model, PROMPTS, new=NEW - 1) == [
+    row[:-1] for row in expected(model)
+  ]
 
 
 @pytest.mark.slow
@@ -67,10 +83,126 @@ def test_each_eos_ends_a_row():
   assert {row[at[0]] for row, at in zip(rows, ends, strict=True) if at} == {
     *eos_ids
   }
-  assert generate(COMPOSED, PROMPTS, eos_ids=eos_ids) == cut
+  found = decode(COMPOSED, PROMPTS, eos_ids=eos_ids)
+  assert [one.tokens for (one,) in found] == cut
+  assert [one.ended for (one,) in found] == [bool(at) for at in ends]
+  # In one go, as T5X does it: a row that has ended repeats EOS.
+  tokens_BT, lengths_B = generation.pad(PROMPTS, 7)
+  out_BM = decoding.predict_batch(
+    toys.params(COMPOSED),
+    tokens_BT,
+    lengths_B,
+    model=COMPOSED,
+    max_new_tokens=NEW,
+    eos_ids=eos_ids,
+  )
+  for row, start, at in zip(out_BM.tolist(), cut, ends, strict=True):
+    after = row[len(start) :]
+    assert row[: len(start)] == start
+    assert not after or (after[0] in eos_ids and set(after[1:]) <= {eos_ids[0]})
+    assert bool(after) == bool(at)
 
 
 def test_nothing_to_continue():
   with pytest.raises(ValueError, match='A prompt is empty'):
     generate(ALONE, [[1], []])
   assert generate(ALONE, []) == []
+  with pytest.raises(ValueError, match='max_new_tokens = 0: it must be at lea'):
+    generate(ALONE, [[1]], new=0)
+  with pytest.raises(ValueError, match="stop = 'ab': give a list of texts"):
+    generate(ALONE, [[1]], stop='ab')
+
+
+class Letters(toys.IdVocabulary):
+  """Bytes; the two halves of é are tokens too."""
+
+  def token_bytes(self, index):
+    return bytes([index]) if index else None
+
+  def decode(self, ids):
+    assert list(ids) == [self.unk_id]
+    return '?'
+
+
+@pytest.mark.parametrize(
+  ('tokens', 'stop', 'text', 'taken', 'ended'),
+  [
+    ('abcabc', ['ca'], 'ab', 4, True),  # across tokens, cut at the first
+    ('abcabc', ['cab', 'bc'], 'a', 3, True),  # the one complete first
+    ('abcabc', ['abcd'], 'abcabc', 6, False),
+    ('aé\0b', ['éb'], 'a', 5, True),  # a special token has no bytes
+    ('aéb#c', [], 'aéb', 4, True),  # EOS
+    ('aé', ['b'], 'aé', 3, False),
+    ('a~', [], 'a?', 2, False),  # unknown is not nothing
+    ('aa', ['a'], '', 1, True),
+  ],
+)
+@pytest.mark.parametrize('at_once', [1, 2, 9])
+def test_stop_strings_are_found_in_bytes(
+  tokens, stop, text, taken, ended, at_once
+):
+  vocabulary = Letters(eos_ids=(ord('#'),))
+  vocabulary.unk_id = ord('~')
+  written = generation.Text(vocabulary, stop)
+  ids = list(tokens.encode())
+  for first in range(0, len(ids), at_once):
+    written.extend(ids[first : first + at_once])
+  assert written.result() == generation.Continuation(text, ids[:taken], ended)
+
+
+def test_half_a_letter_is_not_lost():
+  written = generation.Text(Letters(), [])
+  written.extend('aé'.encode()[:2])
+  assert written.result().text == 'a\ufffd'
+
+
+@pytest.mark.slow
+def test_a_stopped_row_lets_others_go_on():
+  rows = generate(ALONE, PROMPTS)
+  stop = f' {rows[0][1]} '
+  found = decode(ALONE, PROMPTS, stop=[stop])
+  for row, (one,) in zip(rows, found, strict=True):
+    text = ''.join(f' {i}' for i in row)
+    assert one.text == text.split(stop)[0]
+  assert len({one.ended for (one,) in found}) == 2
+
+
+def test_new_lengths_compile_nothing_new():
+  sizes = [generation.round_up(n) for n in range(1, 400)]
+  assert set(sizes) == {16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512}
+  assert all(size >= n for n, size in enumerate(sizes, start=1))
+  small = [generation.round_up(n, smallest=1) for n in range(1, 9)]
+  assert small == [1, 2, 3, 4, 6, 6, 8, 8]
+  fresh = generation.Generator(ALONE, vocabulary=toys.IdVocabulary())
+  traced = []
+  extend = type(ALONE).extend
+
+  def count(self, params, tokens_BT, *args, **settings):
+    traced.append(tokens_BT.shape)
+    return extend(self, params, tokens_BT, *args, **settings)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(type(ALONE), 'extend', count)
+    for length, new in ((3, 2), (5, 4), (15, 6)):
+      prompts = [list(range(length)), [1]]
+      fresh(toys.params(ALONE), prompts, max_new_tokens=new, batch_size=2)
+  assert sorted(traced) == [(2, 1), (2, 16)]
+
+
+DRAWN = sampling.DecodingConfig(temperature=1.0, num_samples=2)
+
+
+@pytest.mark.slow
+def test_a_row_draws_the_same_beside_other_rows():
+  """At fixed shapes: neighbours and places in the batch do not matter."""
+  settings = {'config': DRAWN, 'seeds': [5, 9, 1, 0, 7]}
+  rows = decode(COMPOSED, PROMPTS, batch_size=3, **settings)
+  drawn = [tuple(one.tokens) for each in rows for one in each]
+  assert len(set(drawn)) == len(drawn)
+  assert rows == decode(COMPOSED, PROMPTS, batch_size=3, **settings)
+  alone = decode(COMPOSED, PROMPTS[3:4], batch_size=3, config=DRAWN, seeds=[0])
+  assert alone == rows[3:4]
+  another = dataclasses.replace(DRAWN, seed=1)
+  assert rows != decode(
+    COMPOSED, PROMPTS, batch_size=3, config=another, seeds=settings['seeds']
+  )

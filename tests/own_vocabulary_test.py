@@ -16,6 +16,7 @@ from calm_jax import (
   composition,
   connections,
   decoding,
+  generation,
   sources,
 )
 from calm_jax.models import encoder, transformer
@@ -115,11 +116,19 @@ def test_decoding_sees_the_tokens_that_training_saw():
     ]
     for name, reader in READERS.items()
   }
-  run = decoding.make_generate(
-    OnlyWords(MODEL), max_new_tokens=steps, eos_ids=(), readers=READERS
-  )
   prompts = [ids for ids, _ in begun]
-  assert run(PARAMS, prompts, readings=readings, batch_size=3) == expected
+  assert generate(prompts, readings, READERS, new=steps) == expected
+
+
+def generate(prompts, readings, readers, *, new):
+  """Whatever is said, no word of it is EOS."""
+  run = generation.Generator(
+    OnlyWords(MODEL), vocabulary=WORDS, readers=readers
+  )
+  found = run(
+    PARAMS, prompts, readings=readings, max_new_tokens=new, batch_size=3
+  )
+  return [one.tokens for (one,) in found]
 
 
 class OnlyWords:
@@ -127,6 +136,7 @@ class OnlyWords:
 
   def __init__(self, model):
     self.empty_cache, self._extend = model.empty_cache, model.extend
+    self.own_tokens = model.own_tokens
 
   def extend(self, *args, **settings):
     logits_BTV, cache = self._extend(*args, **settings)
@@ -141,7 +151,7 @@ def test_logits_through_the_caches_are_close():
   full_BTV = FORWARD(PARAMS, batch_of(*rows))
   begun = [alignment.begin(WORDS, prompt) for prompt in PROMPTS]
   prompts = {
-    name: decoding._pad_readings(
+    name: generation.pad_readings(
       [
         reader.read_prompt(text, anchor_ends=ends)
         for text, (_, ends) in zip(PROMPTS, begun, strict=True)
@@ -149,38 +159,33 @@ def test_logits_through_the_caches_are_close():
     )
     for name, reader in READERS.items()
   }
-  tokens_BT, lengths_B = decoding._pad([ids for ids, _ in begun], None)
+  tokens_BT, lengths_B = generation.pad([ids for ids, _ in begun], None)
   transcript = READERS['code'].transcript
   table = (np.asarray(transcript.tokens_VR), np.asarray(transcript.counts_V))
-  logits_B1V, cache, used_B = decoding._prefill(
-    PARAMS,
-    tokens_BT,
-    lengths_B,
-    prompts,
-    model=MODEL,
-    max_new_tokens=4,
-    widths={'code': table[0].shape[1]},
+  tables = {'code': jax.tree.map(jax.numpy.asarray, table)}
+  logits_BV, cache, used_B = decoding.prefill(
+    PARAMS, tokens_BT, lengths_B, prompts, tables, model=MODEL, room=4
   )
-  extend = jax.jit(MODEL.extend)
-  used_B, every = used_B['code'], np.arange(len(PROMPTS))
-  for step in range(2):
-    at_B = lengths_B + step
-    tiny.assert_close(logits_B1V[:, 0], full_BTV[every, at_B - 1])
-    given_B = np.array([row[step] for row in targets])
-    new = decoding._next_tokens(
-      jax.tree.map(jax.numpy.asarray, table), given_B, used_B, at_B[:, None]
-    )
-    used_B = used_B + table[1][given_B]
-    logits_B1V, cache = extend(
-      PARAMS,
-      given_B[:, None],
-      at_B[:, None],
-      cache,
-      augmenting={'code': new, 'texts': None},
-    )
+  every = np.arange(len(PROMPTS))
+  state = decoding.DecodeState(
+    cache=cache,
+    used_B=used_B,
+    lengths_B=lengths_B,
+    seeds_B=None,
+    step=0,
+    last_step=4,
+    tokens_BM=np.array(targets),
+    ended_B=None,
+  )
+  feed = jax.jit(functools.partial(decoding.feed, model=MODEL))
+  for step in range(1, 3):
+    at_B = lengths_B + step - 1
+    tiny.assert_close(logits_BV, full_BTV[every, at_B - 1])
+    logits_BV, state = feed(PARAMS, state.replace(step=step), tables)
+  used_B = np.asarray(state.used_B['code'])
   assert sorted(used_B.tolist()) != sorted(at_B.tolist())  # not in step
   # Compacted: the real slots of each row are its first ones.
-  real_BC = np.asarray(cache.visible_from['code']) < 2**30
+  real_BC = np.asarray(state.cache.visible_from['code']) < 2**30
   np.testing.assert_array_equal(real_BC.sum(1), used_B)
   assert all(row[:n].all() for row, n in zip(real_BC, used_B, strict=True))
 
@@ -197,10 +202,7 @@ def test_an_empty_prompt_is_read_as_nothing():
     reader.read_prompt('', anchor_ends=[0]) == ([], [])
     for reader in readers.values()
   )
-  run = decoding.make_generate(
-    OnlyWords(MODEL), max_new_tokens=2, eos_ids=(), readers=readers
-  )
-  (words,) = run(PARAMS, [[WORDS.bos_id]], readings=nothing, batch_size=1)
+  (words,) = generate([[WORDS.bos_id]], nothing, readers, new=2)
   assert len(words) == 2
 
 

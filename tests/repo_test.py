@@ -30,11 +30,11 @@ FLOORS = (
   ' models.config_fields models.rope_fields models.family_tables'
   ' models.tensor_names models.families models.directories models.weights'
   ' models.weight_files models.export models.sizes',
-  'connections cross_attention sources composition',
+  'connections cross_attention sources composed_cache composition',
   'optimizers train_state batches array_batches prefetch data'
   ' feature_converters checkpoints metrics flops assembly run_files',
-  'train_step decoding evaluation',
-  'api evaluate infer train convert import_t5x gin_setup',
+  'train_step sampling decoding beam_search generation scoring evaluation',
+  'model api evaluate infer train convert import_t5x gin_setup',
   'contrib.t5x',
 )
 # What a module may import of its own floor.
@@ -71,15 +71,20 @@ WITHIN_A_FLOOR = {
   'models.stacking': 'models.transformer',
   'models.sizes': 'models.config models.families',
   'cross_attention': 'connections',
-  'composition': 'connections cross_attention sources',
+  'composition': 'composed_cache connections cross_attention sources',
   'checkpoints': 'train_state',
   'run_files': 'metrics',
   'data': 'batches',
   'array_batches': 'batches',
   'prefetch': 'batches',
-  'evaluate': 'api',
+  'decoding': 'sampling',
+  'beam_search': 'decoding sampling',
+  'generation': 'beam_search decoding sampling',
+  'scoring': 'decoding generation',
+  'api': 'model',
+  'evaluate': 'api model',
   'infer': 'evaluate',
-  'import_t5x': 'api',
+  'import_t5x': 'model',
   'gin_setup': 'convert evaluate import_t5x infer train',
 }
 # These import nothing of ours.

@@ -98,3 +98,14 @@ class PieceVocabulary:
 
   def fingerprint(self):
     return repr((self._pieces, self.bos_id, self.ends_with_eos))
+
+
+class IdVocabulary:
+  """Every id is a token, spelled ` 7`; none is special but what is named."""
+
+  def __init__(self, *, eos_ids=(), bos_id=None):
+    self.eos_ids, self.bos_id, self.pad_id = tuple(eos_ids), bos_id, 7
+    self.eos_id, self.unk_id = next(iter(eos_ids), None), None
+
+  def token_bytes(self, index):
+    return f' {index}'.encode()
