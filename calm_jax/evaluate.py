@@ -5,14 +5,14 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
-import functools
 import json
 import pathlib
 import sys
 
-from calm_jax import api, run_files, sharding
+from calm_jax import api, evaluation, run_files, sharding
 from calm_jax.model import Model
 from calm_jax.models.pretrained import ModelSpec
+from calm_jax.sampling import DecodingConfig
 
 
 def load_systems(
@@ -64,34 +64,42 @@ def evaluate(
   *,
   model_dir: str,
   anchor: ModelSpec,
-  tasks: Mapping[str, Sequence[str]],
+  tasks: Sequence[evaluation.EvalTask],
   augmenting: Mapping[str, ModelSpec] | None = None,
   systems: Sequence[str] = ('anchor', 'composed'),
   batch_size: int = 256,
-  max_new_tokens: int = 64,
   num_examples: int | None = None,
+  decoding: DecodingConfig = DecodingConfig(),
   random_seed: int = 0,
   summarize_config: Callable[[pathlib.Path], None] | None = None,
-) -> dict[str, dict[str, dict[str, float]]]:
+) -> dict[str, dict[str, dict[str, float | str]]]:
   """Evaluates each system on each split of each task.
 
   Args:
     model_dir: of the training run; results go to `eval/` in it.
     anchor: the frozen anchor.
-    tasks: splits by name of the SeqIO task.
+    tasks: each with its splits, and how its answers are cut.
     augmenting: the frozen augmenting models by name.
     systems: see `load_systems`.
-    batch_size: rows decoded at once.
-    max_new_tokens: at most so many tokens an answer.
+    batch_size: prompts decoded at once.
     num_examples: of each split; all if None.
+    decoding: greedy, sampling or beams.
     random_seed: of models with random weights; the training run's.
     summarize_config: writes the operative configuration into a directory.
 
   Returns:
-    Metrics by system and 'task/split'; also written to `eval/results.json`.
+    Metrics by system and 'task/split'; also written to `eval/results.json`,
+    beside those of systems evaluated before.
   """
-  from calm_jax import evaluation  # imports TensorFlow
-
+  directory = pathlib.Path(model_dir).expanduser() / 'eval'
+  evaluator = evaluation.Evaluator(
+    tasks=tasks,
+    directory=directory,
+    batch_size=batch_size,
+    num_examples=num_examples,
+    decoding=decoding,
+  )
+  evaluator.check()
   models = load_systems(
     model_dir=model_dir,
     anchor=anchor,
@@ -99,31 +107,20 @@ def evaluate(
     systems=systems,
     random_seed=random_seed,
   )
-  directory = pathlib.Path(model_dir).expanduser() / 'eval'
   directory.mkdir(parents=True, exist_ok=True)
   if summarize_config is not None:
     summarize_config(directory)
-  results: dict[str, dict[str, dict[str, float]]] = {}
+  file = directory / 'results.json'
+  results = json.loads(file.read_text()) if file.exists() else {}
   for system, model in models.items():
-    results[system] = {}
-    generate = functools.partial(
-      model.generate, max_new_tokens=max_new_tokens, batch_size=batch_size
-    )
-    for task, splits in tasks.items():
-      for split in splits:
-        measured = evaluation.evaluate_task(
-          generate,
-          task,
-          split=split,
-          num_examples=num_examples,
-          output_dir=directory / task / split / system,
-        )
-        results[system][f'{task}/{split}'] = measured
-        shown = ', '.join(f'{k} {v:g}' for k, v in measured.items())
-        print(f'{system:12} {task}/{split}: {shown}', flush=True)
-  text = json.dumps(results, indent=2)
-  (directory / 'results.json').write_text(text + '\n')
-  return results
+    measured = evaluator(model.decode, label=system, say=_say)
+    results[system] = {**results.get(system, {}), **measured}
+  file.write_text(json.dumps(results, indent=2) + '\n')
+  return {system: results[system] for system in models}
+
+
+def _say(text: str) -> None:
+  print(text, flush=True)
 
 
 if __name__ == '__main__':

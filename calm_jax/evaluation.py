@@ -1,88 +1,125 @@
-"""SeqIO evaluation by real decoding from the prompt, never teacher forcing."""
+"""Evaluation by real decoding from the prompt, never teacher forcing."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
 import json
 import pathlib
-from typing import Any
+from typing import Any, Protocol
 
-import seqio
+from calm_jax.generation import Continuation
+from calm_jax.sampling import DecodingConfig
 
-Generate = Callable[[Sequence[str]], list[str]]
+Example = Mapping[str, Any]
+# From prompts to continuations of each; `calm_jax.Model.decode` is one.
+Decode = Callable[..., list[list[Continuation]]]
 
 
-def evaluate_task(
-  generate: Generate,
-  task_name: str,
-  *,
-  split: str,
-  num_examples: int | None = None,
-  output_dir: pathlib.Path | None = None,
-) -> dict[str, float]:
-  """Decodes the prompts of one split and scores them with the task's metrics.
+class EvalTask(Protocol):
+  """A benchmark: prompts, and how what follows them is scored.
 
-  Args:
-    generate: from prompt texts to continuations.
-    task_name: a registered SeqIO task with metric functions.
-    split: of the task.
-    num_examples: the first so many; all of them if None.
-    output_dir: if given, gets `predictions.jsonl` and `metrics.json`.
-
-  Returns:
-    The task's metrics, and `num_examples`.
-
-  Raises:
-    ValueError: for an unknown task or split, or one without metrics.
+  Attributes:
+    name: of the folder of results.
+    splits: what `examples` takes.
+    eval_splits: those that are evaluated.
+    max_new_tokens: room for an answer.
+    stop: an answer ends before the first of these texts.
   """
-  task = _find(task_name, split)
-  examples = []
-  dataset = task.get_dataset(sequence_length=None, split=split, shuffle=False)
-  for example in dataset.as_numpy_iterator():
-    if len(examples) == num_examples:
-      break
-    examples.append(example)
-  prompts = [_text(example['inputs_pretokenized']) for example in examples]
-  outputs = generate(prompts)
-  targets = [
-    task.postprocess_fn(
-      _text(example['targets_pretokenized']), example=example, is_target=True
-    )
-    for example in examples
-  ]
-  predictions = [
-    task.postprocess_fn(output, example=example, is_target=False)
-    for output, example in zip(outputs, examples, strict=True)
-  ]
-  metrics: dict[str, Any] = {'num_examples': len(examples)}
-  for metric_fn in task.predict_metric_fns:
-    metrics |= metric_fn(targets, predictions)
-  metrics = {name: float(value) for name, value in metrics.items()}
-  if output_dir is not None:
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with (output_dir / 'predictions.jsonl').open('w') as file:
-      for row in zip(prompts, outputs, predictions, targets, strict=True):
-        names = ('inputs', 'output', 'prediction', 'target')
-        file.write(json.dumps(dict(zip(names, row, strict=True))) + '\n')
-    text = json.dumps(metrics, indent=2)
-    (output_dir / 'metrics.json').write_text(text + '\n')
-  return metrics
+
+  name: str
+  splits: tuple[str, ...]
+  eval_splits: tuple[str, ...]
+  max_new_tokens: int
+  stop: tuple[str, ...]
+
+  def examples(self, split: str) -> Sequence[Example]:
+    """Returns examples with 'inputs', the prompt, and 'targets', a reference.
+
+    Raises:
+      ValueError: if a file is missing or malformed.
+    """
+
+  def prediction(self, output: str, example: Example) -> Any:
+    """Returns what is scored of one answer; JSON can hold it."""
+
+  def metrics(
+    self, examples: Sequence[Example], predictions: Sequence[Sequence[Any]]
+  ) -> dict[str, float | str]:
+    """Scores; `predictions` has a list for each example, one for each sample.
+
+    Texts among the values are signatures of the metrics.
+    """
 
 
-def _find(task_name: str, split: str) -> seqio.Task:
-  names = seqio.TaskRegistry.names()
-  if task_name not in names:
-    raise ValueError(
-      f'SeqIO knows no task {task_name!r}. Import its module in the gin file'
-      f' first. Known: {sorted(names)}.'
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SeqIOTask:
+  """A registered SeqIO task, scored by its own metric functions.
+
+  White space around an answer is no part of it, as SeqIO's vocabularies do not
+  decode it either.
+
+  Attributes:
+    name: that SeqIO knows, once the gin file has imported its module.
+    eval_splits: the splits that are evaluated.
+    max_new_tokens: room for an answer.
+    stop: an answer ends before the first of these texts.
+  """
+
+  name: str
+  eval_splits: tuple[str, ...] = ('test',)
+  max_new_tokens: int = 64
+  stop: tuple[str, ...] = ()
+
+  @property
+  def splits(self) -> tuple[str, ...]:
+    return tuple(_find(self.name).splits)
+
+  def examples(self, split: str) -> list[dict[str, Any]]:
+    dataset = _find(self.name).get_dataset(
+      sequence_length=None, split=split, shuffle=False
     )
-  task = seqio.TaskRegistry.get(task_name)
-  if split not in task.splits:
-    raise ValueError(
-      f'The task {task_name!r} has no split {split!r}; it has'
-      f' {sorted(task.splits)}.'
+    return [
+      {
+        'inputs': _text(example['inputs_pretokenized']),
+        'targets': _text(example['targets_pretokenized']),
+        'seqio': example,
+      }
+      for example in dataset.as_numpy_iterator()
+    ]
+
+  def prediction(self, output: str, example: Example) -> Any:
+    return _find(self.name).postprocess_fn(
+      output.strip(), example=example['seqio'], is_target=False
     )
+
+  def metrics(
+    self, examples: Sequence[Example], predictions: Sequence[Sequence[Any]]
+  ) -> dict[str, float | str]:
+    task = _find(self.name)
+    targets = [
+      task.postprocess_fn(one['targets'], example=one['seqio'], is_target=True)
+      for one in examples
+    ]
+    first = [samples[0] for samples in predictions]
+    measured: dict[str, Any] = {}
+    for metric_fn in task.predict_metric_fns:
+      measured |= metric_fn(targets, first)
+    return {name: float(value) for name, value in measured.items()}
+
+
+def _find(name: str) -> Any:
+  """Returns a registered task that can be evaluated."""
+  from calm_jax import data  # imports TensorFlow
+
+  registry = data.seqio.TaskRegistry
+  if name not in registry.names():
+    raise ValueError(
+      f'SeqIO knows no task {name!r}. Import its module in the gin file first.'
+      f' Known: {sorted(registry.names())}.'
+    )
+  task = registry.get(name)
   if not task.predict_metric_fns:
     raise ValueError(
-      f'The task {task_name!r} has no metric on predictions, so it cannot be'
+      f'The task {name!r} has no metric on predictions, so it cannot be'
       ' evaluated. Choose another, or register it with metric_fns.'
     )
   return task
@@ -90,3 +127,97 @@ def _find(task_name: str, split: str) -> seqio.Task:
 
 def _text(value: Any) -> str:
   return value.decode() if isinstance(value, bytes) else str(value)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluator:
+  """Evaluates models on tasks, and writes what they said.
+
+  Attributes:
+    tasks: each with the splits to evaluate.
+    directory: gets `<task>/<split>/<label>/predictions.jsonl, metrics.json`.
+    batch_size: prompts decoded at once; at most 64 if None.
+    num_examples: the first so many of each split; all of them if None.
+    decoding: how tokens are chosen.
+  """
+
+  tasks: Sequence[EvalTask]
+  directory: pathlib.Path
+  batch_size: int | None = None
+  num_examples: int | None = None
+  decoding: DecodingConfig = DecodingConfig()
+
+  def check(self) -> None:
+    """Raises ValueError unless all can be read; call it before models load."""
+    names = [task.name for task in self.tasks]
+    for name in names:
+      if names.count(name) > 1:
+        raise ValueError(
+          f'Two tasks are called {name!r}, and would share a folder. Leave one'
+          ' out, or name it.'
+        )
+    for task in self.tasks:
+      for split in task.eval_splits:
+        if split not in task.splits:
+          raise ValueError(
+            f'The task {task.name!r} has no split {split!r}; it has'
+            f' {sorted(task.splits)}.'
+          )
+        if not task.examples(split):
+          raise ValueError(f'{task.name}/{split} holds no example.')
+
+  def __call__(
+    self, decode: Decode, *, label: str, say: Callable[[str], None]
+  ) -> dict[str, dict[str, float | str]]:
+    """Returns metrics by 'task/split'.
+
+    Args:
+      decode: of the model.
+      label: names the folder of results: a model, or a step of training.
+      say: prints a line for each split.
+    """
+    results = {}
+    for task in self.tasks:
+      for split in task.eval_splits:
+        place = self.directory / task.name / split / label
+        measured = self._evaluate(decode, task, split, place)
+        results[f'{task.name}/{split}'] = measured
+        shown = ', '.join(
+          f'{name} {value:g}'
+          for name, value in measured.items()
+          if not isinstance(value, str)
+        )
+        say(f'{label:12} {task.name}/{split}: {shown}')
+    return results
+
+  def _evaluate(
+    self, decode: Decode, task: EvalTask, split: str, place: pathlib.Path
+  ) -> dict[str, float | str]:
+    """Decodes the prompts of one split and scores what was said."""
+    examples = list(task.examples(split))[: self.num_examples]
+    found = decode(
+      [example['inputs'] for example in examples],
+      max_new_tokens=task.max_new_tokens,
+      stop=task.stop,
+      batch_size=self.batch_size,
+      config=self.decoding,
+    )
+    predictions = [
+      [task.prediction(one.text, example) for one in each]
+      for each, example in zip(found, examples, strict=True)
+    ]
+    measured = {'num_examples': len(examples)}
+    measured |= task.metrics(examples, predictions)
+    place.mkdir(parents=True, exist_ok=True)
+    with (place / 'predictions.jsonl').open('w', encoding='utf-8') as file:
+      for example, each, read in zip(examples, found, predictions, strict=True):
+        row = {
+          'inputs': example['inputs'],
+          'targets': example['targets'],
+          'outputs': [one.text for one in each],
+          'predictions': read,
+        }
+        file.write(json.dumps(row, ensure_ascii=False) + '\n')
+    text = json.dumps(measured, indent=2)
+    (place / 'metrics.json').write_text(text + '\n')
+    return measured

@@ -20,7 +20,7 @@ from absl import app, flags, logging
 import gin
 from gin import config as gin_config
 
-from calm_jax import connections, optimizers, quantization, sharding
+from calm_jax import connections, optimizers, quantization, sampling, sharding
 from calm_jax.models import config as model_config
 from calm_jax.models import layers, number_embeddings, pretrained
 
@@ -65,6 +65,7 @@ def register() -> None:
     array_batches,
     convert,
     evaluate,
+    evaluation,
     import_t5x,
     infer,
     train,
@@ -79,6 +80,8 @@ def register() -> None:
     'seqio_batches': seqio_batches,
     'npz_batches': array_batches.npz_batches,
     'task_vocabulary': task_vocabulary,
+    'SeqIOTask': evaluation.SeqIOTask,
+    'DecodingConfig': sampling.DecodingConfig,
     'ModelSpec': pretrained.ModelSpec,
     'pretrained_model': pretrained.pretrained_model,
     'QuantizationConfig': quantization.QuantizationConfig,

@@ -9,18 +9,33 @@ import sys
 
 import pytest
 
-from calm_jax import evaluate, infer
+from calm_jax import evaluate, infer, sampling, scoring
+from calm_jax.generation import Continuation
+
+NUM = 1
 
 
 class Echo:
   """Stands in for a model: answers each prompt with itself, backwards."""
 
   def __init__(self):
-    self.calls = []
+    self.calls, self.seeds = [], []
 
-  def generate(self, prompts, *, max_new_tokens, batch_size):
+  def decode(self, prompts, *, max_new_tokens, batch_size, seeds, **how):
     self.calls.append((len(prompts), max_new_tokens, batch_size))
-    return [prompt[::-1] for prompt in prompts]
+    self.seeds = [*self.seeds, *seeds]
+    self.how = how
+    return [
+      [Continuation(prompt[::-1] + '!' * n, [1, 2], True) for n in range(NUM)]
+      for prompt in prompts
+    ]
+
+  def score(self, prompts, targets, *, batch_size):
+    assert len(prompts) <= batch_size
+    return [
+      scoring.Score(-float(len(text)), len(text), text > prompt)
+      for prompt, text in zip(prompts, targets, strict=True)
+    ]
 
 
 @pytest.fixture
@@ -89,3 +104,72 @@ def test_a_missing_file_is_named_before_a_model_is_loaded(echo, monkeypatch):
     ValueError, match="input_file = '/no.jsonl' does not exis"
   ):
     run('/no.jsonl')
+
+
+def write_rows(path, count=7, **more):
+  rows = [{'inputs': f'p{i}', **more} for i in range(count)]
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  return rows
+
+
+@pytest.mark.parametrize('kept', [0, 1, 40, 41, 90, 10_000])
+def test_an_interrupted_run_is_continued(kept, echo, tmp_path, capsys):
+  """Cut at any byte: no row is repeated, and none is lost."""
+  source, target = tmp_path / 'in.jsonl', tmp_path / 'out.jsonl'
+  write_rows(source)
+  assert run(source, target) == 7
+  whole = target.read_bytes()
+  assert echo.seeds == [*range(7)]
+  target.write_bytes(whole[:kept])
+  rows = whole[:kept].count(b'\n')
+  assert run(source, target) == 7 - rows
+  assert target.read_bytes() == whole
+  assert echo.seeds == [*range(7), *range(rows, 7)]
+  shown = capsys.readouterr().err
+  assert f'holds {rows} answers, and is continued; to begin anew' in shown
+  assert '7/7 rows, ' in shown
+  assert 'tokens/s' in shown
+
+
+def test_answers_to_other_rows_are_not_continued(echo, monkeypatch, tmp_path):
+  source, target = tmp_path / 'in.jsonl', tmp_path / 'out.jsonl'
+  write_rows(source, 3)
+  run(source, target)
+  whole = target.read_bytes()
+  write_rows(source, 3, id=5)
+  monkeypatch.setattr(evaluate, 'load_systems', lambda **_: 1 / 0)
+  with pytest.raises(ValueError, match='its line 1 is no answer to that row'):
+    run(source, target)
+  write_rows(source, 2)
+  with pytest.raises(ValueError, match='its line 3 is no answer to that row'):
+    run(source, target)
+  with pytest.raises(ValueError, match='exists. A file can be continued if th'):
+    run('-', target)
+  assert target.read_bytes() == whole
+
+
+def test_samples_and_settings(echo, monkeypatch, tmp_path):
+  monkeypatch.setattr(f'{__name__}.NUM', 2)
+  source, target = tmp_path / 'in.jsonl', tmp_path / 'out.jsonl'
+  write_rows(source, 1)
+  drawn = sampling.DecodingConfig(temperature=0.5, num_samples=2)
+  run(source, target, decoding=drawn, stop=('x',))
+  row = json.loads(target.read_text())
+  assert row == {'inputs': 'p0', 'predictions': ['0p', '0p!']}
+  assert echo.how == {'config': drawn, 'stop': ('x',)}
+
+
+def test_scores(echo, tmp_path):
+  source, target = tmp_path / 'in.jsonl', tmp_path / 'out.jsonl'
+  write_rows(source, 3, targets='q')
+  assert run(source, target, mode='score') == 3
+  assert json.loads(target.read_text().splitlines()[1]) == {
+    'inputs': 'p1',
+    'targets': 'q',
+    'log_likelihood': -1.0,
+    'num_tokens': 1,
+    'is_greedy': True,
+  }
+  write_rows(source, 3)
+  with pytest.raises(ValueError, match='Line 1 must be an object with a te'):
+    run(source, tmp_path / 'new.jsonl', mode='score')
