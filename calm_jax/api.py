@@ -13,6 +13,7 @@ from calm_jax import (
   sharding,
   trees,
 )
+from calm_jax.array_types import Params
 from calm_jax.composition import ComposedLM
 from calm_jax.connections import CompositionConfig, LayerMapping
 from calm_jax.model import Model
@@ -99,8 +100,8 @@ def compose(
     {
       'anchor': anchor.params['anchor'],
       'augmenting': {k: m.params['anchor'] for k, m in augmenting.items()},
-      'composition': assembly.init_composition(
-        composed, mesh=anchor.mesh, seed=seed
+      'composition': assembly.init_trained(
+        'composition', composed, mesh=anchor.mesh, seed=seed
       ),
     },
     spec=anchor.spec,
@@ -130,10 +131,41 @@ def load_composition(
   actual |= {name: model.fingerprint for name, model in augmenting.items()}
   run_files.check_fingerprints(expected, actual, where=directory)
   model = compose(anchor=anchor, augmenting=augmenting, **vars(config))
-  tensors = run_files.read_composition(directory)
+  tensors = run_files.read_trained(directory)
   file = directory / run_files.WEIGHTS_FILE
-  fresh = model.params['composition']
-  trees.check_same_structure(fresh, tensors, what=str(file))
-  places = jax.tree.map(lambda x: x.sharding, fresh)
-  model.params['composition'] = assembly.place(tensors, places)
+  _put(model, 'composition', tensors, what=str(file))
   return model
+
+
+def load_lora(directory: str | pathlib.Path, *, anchor: Model) -> Model:
+  """Attaches the updates of a LoRA run to the anchor it was trained with.
+
+  Raises:
+    ValueError: if the fingerprint differs, or the tensors do not fit.
+  """
+  directory = pathlib.Path(directory).expanduser()
+  config, expected = run_files.read_lora(directory)
+  run_files.check_fingerprints(
+    expected, {'anchor': anchor.fingerprint}, where=directory
+  )
+  composed = ComposedLM(anchor.composed.anchor, lora=config)
+  fresh = assembly.init_trained('lora', composed, mesh=anchor.mesh, seed=0)
+  model = Model(
+    composed,
+    {'anchor': anchor.params['anchor'], 'lora': fresh},
+    spec=anchor.spec,
+    fingerprints=anchor.fingerprints,
+    mesh=anchor.mesh,
+  )
+  tensors = run_files.read_trained(directory, name=run_files.LORA_FILE)
+  file = directory / run_files.LORA_FILE
+  _put(model, 'lora', tensors, what=str(file))
+  return model
+
+
+def _put(model: Model, subtree: str, tensors: Params, *, what: str) -> None:
+  """Replaces a fresh subtree by tensors that were read."""
+  fresh = model.params[subtree]
+  trees.check_same_structure(fresh, tensors, what=what)
+  places = jax.tree.map(lambda x: x.sharding, fresh)
+  model.params[subtree] = assembly.place(tensors, places)

@@ -10,9 +10,11 @@ import jax
 from jax.sharding import Mesh
 
 from calm_jax import alignment, quantization, sharding, trees, vocabularies
+from calm_jax import lora as lora_lib
 from calm_jax.array_types import Params
 from calm_jax.composition import ComposedLM
 from calm_jax.connections import CompositionConfig
+from calm_jax.lora import LoraConfig
 from calm_jax.models import (
   directories,
   encoder,
@@ -243,22 +245,61 @@ def place(
   return jax.tree_util.tree_map_with_path(one, tensors, places)
 
 
-def check_trainable(
-  trainable: str, model: ComposedLM, anchor: ModelSpec
-) -> None:
-  """Raises ValueError if this subtree of the model cannot be trained."""
-  allowed = ['composition'] if model.connections else ['anchor']
+def build_trained(
+  trainable: str,
+  anchor: ModelSpec,
+  *,
+  augmenting: Mapping[str, ModelSpec],
+  composition: CompositionConfig | None,
+  lora: LoraConfig | None,
+  stack: Literal['loop', 'scan'],
+) -> tuple[ComposedLM, Mapping[str, ModelSpec]]:
+  """Builds the model that a run trains in part or whole; allocates nothing.
+
+  The baselines 'lora' and 'anchor' train the anchor alone; a composition that
+  is described beside them only says how many parameters LoRA shall have.
+
+  Returns:
+    The model, and the augmenting models that it has.
+
+  Raises:
+    ValueError: if this cannot be trained.
+  """
+  allowed = ('composition', 'lora', 'anchor')
   if trainable not in allowed:
-    raise ValueError(
-      f'trainable = {trainable!r} is not one of {allowed}: a run with'
-      ' connections trains the composition, and one without trains the anchor.'
-    )
-  if trainable == 'anchor' and anchor.quantization is not None:
+    raise ValueError(f'trainable = {trainable!r} is not one of {allowed}.')
+  model = build_model(
+    anchor, augmenting=augmenting, composition=composition, stack=stack
+  )
+  if trainable == 'composition':
+    if not model.connections:
+      raise ValueError(
+        "trainable = 'composition', and there is none: set COMPOSITION and"
+        " AUGMENTING, or trainable = 'anchor'."
+      )
+    return model, augmenting
+  if trainable == 'anchor':
+    _check_updatable(anchor)
+    return ComposedLM(model.anchor.clone(cuts=())), {}
+  lora = lora or LoraConfig()
+  if lora.rank is None:
+    if not model.connections:
+      raise ValueError(
+        'LoraConfig.rank is not set, and no composition is described whose'
+        ' number of parameters it could match. Set it.'
+      )
+    shapes = jax.eval_shape(model.init_composition, jax.random.key(0))
+    lora = lora_lib.match(lora, model.anchor, trees.num_params(shapes))
+  return ComposedLM(model.anchor.clone(cuts=()), lora=lora), {}
+
+
+def _check_updatable(anchor: ModelSpec) -> None:
+  if anchor.quantization is not None:
     raise ValueError(
       f'ANCHOR has quantization = {anchor.quantization}, and it is what is'
       ' trained. Only frozen weights can be quantised: leave that out.'
     )
-  if trainable == 'anchor' and anchor.config.param_dtype != 'float32':
+  if anchor.config.param_dtype != 'float32':
     raise ValueError(
       f'ANCHOR keeps its weights in {anchor.config.param_dtype}, in which'
       " small updates are lost. Set pretrained_model.param_dtype = 'float32';"
@@ -292,12 +333,17 @@ def load_all(
   return loaded
 
 
-def init_composition(model: ComposedLM, *, mesh: Mesh, seed: int) -> Params:
-  """Initialises Theta_C on the mesh."""
+def init_trained(
+  subtree: str, model: ComposedLM, *, mesh: Mesh, seed: int
+) -> Params:
+  """Initialises Theta_C ('composition') or LoRA's updates on the mesh."""
+
+  def init(key):
+    if subtree == 'lora':
+      return lora_lib.init(key, model.anchor, model.lora)
+    return model.init_composition(key)
+
   key = jax.random.key(seed)
-  boxed = jax.eval_shape(model.init_composition, key)
-  init = jax.jit(
-    lambda key: nn.unbox(model.init_composition(key)),
-    out_shardings=sharding.param_shardings(boxed, mesh),
-  )
-  return init(key)
+  places = sharding.param_shardings(jax.eval_shape(init, key), mesh)
+  fresh = jax.jit(lambda key: nn.unbox(init(key)), out_shardings=places)
+  return fresh(key)

@@ -41,7 +41,7 @@ class _OtherModelError(ValueError):
 class Checkpoints:
   """The checkpoints of one run, in MODEL_DIR/checkpoints/<step>."""
 
-  def __init__(self, directory: pathlib.Path, *, keep: int = 3):
+  def __init__(self, directory: pathlib.Path, keep: int = 3):
     """Opens or makes the directory.
 
     Args:

@@ -16,11 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from calm_jax import lora as lora_lib
 from calm_jax import masks, sources
 from calm_jax.array_types import Array, Batch, Params
 from calm_jax.composed_cache import ComposedCache
 from calm_jax.connections import CompositionConfig, Connection
 from calm_jax.cross_attention import CrossAttention
+from calm_jax.lora import LoraConfig
 from calm_jax.models import attention, layers, transformer
 from calm_jax.sources import AugmentingModel, AugmentingTokens, Source, View
 
@@ -39,6 +41,7 @@ class ComposedLM:
     augmenting: Mapping[str, AugmentingModel] | None = None,
     composition: CompositionConfig | None = None,
     own_tokens: Collection[str] = (),
+    lora: LoraConfig | None = None,
   ):
     """Places the connections; raises ValueError if they do not fit.
 
@@ -48,9 +51,11 @@ class ComposedLM:
       composition: required if, and only if, there are augmenting models.
       own_tokens: names of those with a vocabulary of their own; those that read
         prompts alone always have tokens of their own.
+      lora: if given, the anchor's matrices are updated by params['lora'].
     """
     self.augmenting = dict(augmenting or {})
     self.composition = composition
+    self.lora = lora
     if bool(self.augmenting) != (composition is not None):
       raise ValueError(
         'augmenting models and a composition belong together; got'
@@ -119,6 +124,8 @@ class ComposedLM:
         for i, (name, model) in enumerate(sorted(self.augmenting.items()))
       }
       params['composition'] = self.init_composition(rng)
+    if self.lora is not None:
+      params['lora'] = lora_lib.init(rng, self.anchor, self.lora)
     return params
 
   def __call__(
@@ -330,9 +337,10 @@ class ComposedLM:
     return self._apply_anchor(params, 'logits', x_BTD)
 
   def _apply_anchor(self, params: Params, method: str, *args, **kwargs) -> Any:
-    return self.anchor.apply(
-      {'params': params['anchor']}, *args, method=method, **kwargs
-    )
+    variables = {'params': params['anchor']}
+    if self.lora is not None:
+      variables['lora'] = lora_lib.scaled(params['lora'], self.lora)
+    return self.anchor.apply(variables, *args, method=method, **kwargs)
 
 
 def _cuts(layers_: Sequence[int], depth: int) -> tuple[int, ...]:

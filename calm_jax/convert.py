@@ -12,7 +12,7 @@ import pathlib
 from flax import linen as nn
 import jax
 
-from calm_jax import assembly, trees
+from calm_jax import assembly, lora, run_files, trees
 from calm_jax.models import directories, export, pretrained
 from calm_jax.models.pretrained import ModelSpec
 
@@ -24,6 +24,7 @@ def convert(
   source: str | None = None,
   model_type: str | None = None,
   dtype: str | None = None,
+  lora_dir: str | None = None,
   shard_bytes: int = export.SHARD_BYTES,
   summarize_config: Callable[[pathlib.Path], None] | None = None,
 ) -> None:
@@ -37,6 +38,8 @@ def convert(
       directory, where that is one of Hugging Face.
     model_type: the family to write, if there is no source.
     dtype: what to round to; as stored if None.
+    lora_dir: MODEL_DIR of a run that trained LoRA's updates of this model; they
+      are added to its weights.
     shard_bytes: a larger file is split, and an index written.
     summarize_config: unused; the directory shall hold the model alone.
 
@@ -65,10 +68,19 @@ def convert(
   opened = pretrained.open_weights(model, trees.flatten(shapes))
   fingerprint = pretrained.fingerprint(model)  # reads, and checks, each byte
   print(f'{opened.report(model.path)}; fingerprint {fingerprint[:16]}')
+  tensors = opened.tensors
+  if lora_dir is not None:
+    updates = pathlib.Path(lora_dir).expanduser()
+    config, expected = run_files.read_lora(updates)
+    run_files.check_fingerprints(
+      expected, {'anchor': fingerprint}, where=updates
+    )
+    trained = run_files.read_trained(updates, name=run_files.LORA_FILE)
+    tensors = lora.merge(tensors, trained, config)
   export.write_hugging_face(
     output,
     config=model.config,
-    tensors=opened.tensors,
+    tensors=tensors,
     vocabulary=model.vocabulary,
     model_type=model_type,
     source=where,

@@ -5,14 +5,18 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import dataclasses
 import json
 import pathlib
 import sys
 
 from calm_jax import api, evaluation, run_files, sharding
 from calm_jax.model import Model
+from calm_jax.models import pretrained
 from calm_jax.models.pretrained import ModelSpec
-from calm_jax.sampling import DecodingConfig
+
+# What a training run leaves, by what it trained.
+TRAINED = ('composed', 'disconnected', 'lora', 'finetuned')
 
 
 def load_systems(
@@ -26,17 +30,18 @@ def load_systems(
   """Loads what is to be decoded.
 
   Args:
-    model_dir: of the run that trained the composition.
+    model_dir: of the run that trained something.
     anchor: the frozen anchor.
     augmenting: the frozen augmenting models by name.
-    systems: 'anchor', 'composed', 'disconnected' (composed, with every
-      connection's output at zero: a control), or names of augmenting models.
+    systems: 'anchor', names of augmenting models, and what the run trained:
+      'composed', 'lora', or 'finetuned' for all of the anchor; 'disconnected'
+      is composed with every connection's output at zero, a control.
     random_seed: of models with random weights; the training run's.
 
   Raises:
     ValueError: for an unknown system, or a composition of other models.
   """
-  allowed = ['anchor', *augmenting, 'composed', 'disconnected']
+  allowed = ['anchor', *augmenting, *TRAINED]
   unknown = [name for name in systems if name not in allowed]
   if unknown:
     raise ValueError(f'Unknown systems {unknown}; choose from {allowed}.')
@@ -44,12 +49,22 @@ def load_systems(
   composed = {'composed', 'disconnected'} & set(systems)
   if composed:
     run_files.check_models(directory, {'anchor': anchor, **augmenting})
+  if 'lora' in systems:
+    run_files.check_models(directory, {'anchor': anchor})
   mesh = sharding.make_mesh()
-  models = {'anchor': api.from_spec(anchor, mesh=mesh, seed=random_seed)}
+  models = {}
+  if 'finetuned' in systems:
+    tuned = _finetuned(directory, anchor)
+    models['finetuned'] = api.from_spec(tuned, mesh=mesh)
+  if set(systems) - {'finetuned'}:
+    models['anchor'] = api.from_spec(anchor, mesh=mesh, seed=random_seed)
   for i, (name, spec) in enumerate(sorted(augmenting.items())):
-    models[name] = api.from_spec(spec, mesh=mesh, seed=random_seed + 1 + i)
+    if composed or name in systems:
+      models[name] = api.from_spec(spec, mesh=mesh, seed=random_seed + 1 + i)
   for name, model in models.items():  # standard output is for answers
     print(f'{name}: {model.report}', file=sys.stderr)
+  if 'lora' in systems:
+    models['lora'] = api.load_lora(directory, anchor=models['anchor'])
   if composed:
     models['composed'] = api.load_composition(
       directory,
@@ -60,16 +75,25 @@ def load_systems(
   return {name: models[name] for name in systems}
 
 
+def _finetuned(directory: pathlib.Path, anchor: ModelSpec) -> ModelSpec:
+  """Describes the anchor that a run has trained as a whole."""
+  path = directory / 'model'
+  if not path.is_dir():
+    raise ValueError(
+      f"{directory} holds no model: 'finetuned' is what a run with trainable ="
+      " 'anchor' leaves when it has ended."
+    )
+  spec = pretrained.pretrained_model(path)
+  return dataclasses.replace(spec, config=anchor.config)
+
+
 def evaluate(
   *,
   model_dir: str,
   anchor: ModelSpec,
-  tasks: Sequence[evaluation.EvalTask],
+  evaluator: evaluation.Evaluator,
   augmenting: Mapping[str, ModelSpec] | None = None,
   systems: Sequence[str] = ('anchor', 'composed'),
-  batch_size: int = 256,
-  num_examples: int | None = None,
-  decoding: DecodingConfig = DecodingConfig(),
   random_seed: int = 0,
   summarize_config: Callable[[pathlib.Path], None] | None = None,
 ) -> dict[str, dict[str, dict[str, float | str]]]:
@@ -78,12 +102,9 @@ def evaluate(
   Args:
     model_dir: of the training run; results go to `eval/` in it.
     anchor: the frozen anchor.
-    tasks: each with its splits, and how its answers are cut.
+    evaluator: the tasks, and how answers to them are decoded.
     augmenting: the frozen augmenting models by name.
     systems: see `load_systems`.
-    batch_size: prompts decoded at once.
-    num_examples: of each split; all if None.
-    decoding: greedy, sampling or beams.
     random_seed: of models with random weights; the training run's.
     summarize_config: writes the operative configuration into a directory.
 
@@ -92,13 +113,6 @@ def evaluate(
     beside those of systems evaluated before.
   """
   directory = pathlib.Path(model_dir).expanduser() / 'eval'
-  evaluator = evaluation.Evaluator(
-    tasks=tasks,
-    directory=directory,
-    batch_size=batch_size,
-    num_examples=num_examples,
-    decoding=decoding,
-  )
   evaluator.check()
   models = load_systems(
     model_dir=model_dir,
@@ -113,7 +127,9 @@ def evaluate(
   file = directory / 'results.json'
   results = json.loads(file.read_text()) if file.exists() else {}
   for system, model in models.items():
-    measured = evaluator(model.decode, label=system, say=_say)
+    measured = evaluator(
+      model.decode, directory=directory, label=system, say=_say
+    )
     results[system] = {**results.get(system, {}), **measured}
   file.write_text(json.dumps(results, indent=2) + '\n')
   return {system: results[system] for system in models}

@@ -135,17 +135,17 @@ class Evaluator:
 
   Attributes:
     tasks: each with the splits to evaluate.
-    directory: gets `<task>/<split>/<label>/predictions.jsonl, metrics.json`.
     batch_size: prompts decoded at once; at most 64 if None.
     num_examples: the first so many of each split; all of them if None.
     decoding: how tokens are chosen.
+    every: during training, the steps between evaluations; the last step is one.
   """
 
-  tasks: Sequence[EvalTask]
-  directory: pathlib.Path
+  tasks: Sequence[EvalTask] = ()
   batch_size: int | None = None
   num_examples: int | None = None
   decoding: DecodingConfig = DecodingConfig()
+  every: int = 500
 
   def check(self) -> None:
     """Raises ValueError unless all can be read; call it before models load."""
@@ -167,19 +167,25 @@ class Evaluator:
           raise ValueError(f'{task.name}/{split} holds no example.')
 
   def __call__(
-    self, decode: Decode, *, label: str, say: Callable[[str], None]
+    self,
+    decode: Decode,
+    *,
+    directory: pathlib.Path,
+    label: str,
+    say: Callable[[str], None],
   ) -> dict[str, dict[str, float | str]]:
     """Returns metrics by 'task/split'.
 
     Args:
       decode: of the model.
+      directory: gets `<task>/<split>/<label>/predictions.jsonl, metrics.json`.
       label: names the folder of results: a model, or a step of training.
       say: prints a line for each split.
     """
     results = {}
     for task in self.tasks:
       for split in task.eval_splits:
-        place = self.directory / task.name / split / label
+        place = directory / task.name / split / label
         measured = self._evaluate(decode, task, split, place)
         results[f'{task.name}/{split}'] = measured
         shown = ', '.join(

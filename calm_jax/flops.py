@@ -12,7 +12,7 @@ from calm_jax.models.config import TransformerConfig
 
 
 def least(
-  model: ComposedLM, params: Params, batch: Batch, *, trainable: str
+  model: ComposedLM, params: Params, batch: Batch, trainable: str
 ) -> float:
   """Returns F_min, the FLOPs that one step cannot do without.
 
@@ -26,7 +26,7 @@ def least(
     model: the composed model, or a decoder alone.
     params: nested parameters, arrays or shapes.
     batch: arrays or shapes; what counts are their shapes, padding included.
-    trainable: 'composition' or 'anchor'.
+    trainable: 'composition', 'lora' or 'anchor'.
   """
   rows, length = batch['decoder_input_tokens'].shape
   anchor, depth = model.anchor, model.anchor.depth
@@ -36,6 +36,10 @@ def least(
   forward = 2 * (sum(blocks) + head) + self_attention * depth
   if trainable == 'anchor':
     return rows * length * 3 * forward
+  if trainable == 'lora':  # what it reads of the anchor's is not frozen
+    updates = _matrices(params['lora'], stacked=anchor.stack == 'scan')
+    passes = 2 * forward + self_attention * depth + 6 * updates
+    return rows * length * passes
   lowest = model.composed_layers[0] + 1
   backward = 2 * (sum(blocks[lowest:]) + head)
   backward += 2 * self_attention * (depth - lowest)

@@ -238,11 +238,11 @@ class Text:
 def token_text(vocabulary: Vocabulary, token: int) -> bytes:
   """Returns the bytes of a generated token: none for special tokens.
 
-  An unknown token shows as the vocabulary writes it: what was not said must not
-  read as if nothing was.
+  An unknown token shows as a word, as the vocabulary writes it: what was not
+  said must not read as if nothing was.
   """
   if token == vocabulary.unk_id:
-    return vocabulary.decode([token]).encode()
+    return f' {vocabulary.decode([token])}'.encode()
   return vocabulary.token_bytes(token) or b''
 
 

@@ -20,7 +20,14 @@ from absl import app, flags, logging
 import gin
 from gin import config as gin_config
 
-from calm_jax import connections, optimizers, quantization, sampling, sharding
+from calm_jax import (
+  connections,
+  lora,
+  optimizers,
+  quantization,
+  sampling,
+  sharding,
+)
 from calm_jax.models import config as model_config
 from calm_jax.models import layers, number_embeddings, pretrained
 
@@ -80,6 +87,7 @@ def register() -> None:
     'seqio_batches': seqio_batches,
     'npz_batches': array_batches.npz_batches,
     'task_vocabulary': task_vocabulary,
+    'Evaluator': evaluation.Evaluator,
     'SeqIOTask': evaluation.SeqIOTask,
     'DecodingConfig': sampling.DecodingConfig,
     'ModelSpec': pretrained.ModelSpec,
@@ -88,6 +96,7 @@ def register() -> None:
     'NumberEmbeddings': number_embeddings.NumberEmbeddings,
     'TransformerConfig': model_config.TransformerConfig,
     'RopeScaling': layers.RopeScaling,
+    'LoraConfig': lora.LoraConfig,
     'CompositionConfig': connections.CompositionConfig,
     'Connection': connections.Connection,
     'LayerMapping.every': connections.LayerMapping.every,

@@ -151,7 +151,7 @@ def export_composition(
   trees.check_same_structure(expected, theta, what=str(checkpoint))
   directory = pathlib.Path(directory).expanduser()
   run_files.write_config(directory, model.composed, model.fingerprints)
-  run_files.write_composition(directory, theta)
+  run_files.write_trained(directory, theta)
   run_files.write_card(directory, model.composed, model.fingerprints)
 
 

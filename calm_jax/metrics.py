@@ -104,8 +104,7 @@ class Log:
     self,
     directory: pathlib.Path,
     *,
-    first_step: int,
-    last_step: int,
+    steps: tuple[int, int],
     schedule: Callable[[int], Any],
     step_flops: Callable[[Batch], float],
   ):
@@ -113,13 +112,12 @@ class Log:
 
     Args:
       directory: MODEL_DIR.
-      first_step: steps already made.
-      last_step: steps in the whole run.
+      steps: those already made, and those in the whole run.
       schedule: learning rate by step.
       step_flops: F_min of a batch.
     """
     self.last: dict[str, float] = {}
-    self._steps = first_step, last_step
+    self._steps = steps
     self._schedule, self._step_flops = schedule, step_flops
     self._peak = peak_flops()
     self._file: TextIO | None = None
@@ -127,9 +125,9 @@ class Log:
       import tensorboardX  # imports torch, where that is installed
 
       directory.mkdir(parents=True, exist_ok=True)
-      self._file = _reopen(directory / 'metrics.jsonl', first_step)
+      self._file = _reopen(directory / 'metrics.jsonl', steps[0])
       self._board = tensorboardX.SummaryWriter(
-        str(directory / 'tensorboard'), purge_step=first_step + 1
+        str(directory / 'tensorboard'), purge_step=steps[0] + 1
       )
 
   def start(self, batch: Batch, wait_seconds: float) -> None:
@@ -176,6 +174,21 @@ class Log:
       for name, value in values.items():
         self._board.add_scalar(name, value, step)
       print(self._line(step, values), flush=True)
+
+  def add(self, step: int, evaluated: Mapping[str, Mapping[str, Any]]) -> None:
+    """Logs the numbers of an evaluation, as 'eval/<task>/<split>/<metric>'."""
+    if self._file is None:
+      return
+    values = {
+      f'eval/{task}/{name}': value
+      for task, measured in evaluated.items()
+      for name, value in measured.items()
+      if not isinstance(value, str)
+    }
+    self._file.write(json.dumps({'step': step, **values}) + '\n')
+    self._file.flush()
+    for name, value in values.items():
+      self._board.add_scalar(name, value, step)
 
   def check(self, step: int, measured: Mapping[str, Any]) -> None:
     """Raises an error that names the step if it must not be saved.

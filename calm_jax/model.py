@@ -45,14 +45,14 @@ class Model:
     params: Params,
     *,
     spec: ModelSpec,
-    fingerprints: Mapping[str, str],
     mesh: Mesh,
+    fingerprints: Mapping[str, str] | None = None,
     readers: Mapping[str, alignment.Reader] | None = None,
   ):
     self.composed = composed
     self.params = params
     self.spec = spec
-    self.fingerprints = dict(fingerprints)
+    self.fingerprints = dict(fingerprints or {})
     self.mesh = mesh
     self.readers = dict(readers or {})
     self.report = ''
@@ -288,7 +288,7 @@ class Model:
       )
     directory = pathlib.Path(directory)
     run_files.write_config(directory, self.composed, self.fingerprints)
-    run_files.write_composition(directory, self.params['composition'])
+    run_files.write_trained(directory, self.params['composition'])
     run_files.write_card(directory, self.composed, self.fingerprints)
 
 

@@ -1,4 +1,7 @@
-"""The files of MODEL_DIR that are shared: `calm_config.json` and Theta_C."""
+"""The files of MODEL_DIR that are shared: `calm_config.json` and what it is of.
+
+That is Theta_C, or the updates of a LoRA run.
+"""
 
 from collections.abc import Mapping
 import dataclasses
@@ -10,10 +13,12 @@ from calm_jax import metrics, trees
 from calm_jax.array_types import Params
 from calm_jax.composition import ComposedLM
 from calm_jax.connections import CompositionConfig, Connection, LayerMapping
+from calm_jax.lora import LoraConfig
 from calm_jax.models import directories, pretrained, weight_files, weights
 
 CONFIG_FILE = 'calm_config.json'
 WEIGHTS_FILE = 'composition.safetensors'
+LORA_FILE = 'lora.safetensors'
 CARD_FILE = 'README.md'
 _CARD = """\
 ---
@@ -56,23 +61,24 @@ parameters. Other base weights are refused.
 def write_config(
   directory: pathlib.Path, model: ComposedLM, fingerprints: Mapping[str, str]
 ) -> None:
-  """Writes what is needed to attach the composition to its models again.
+  """Writes what is needed to attach what is trained to its models again.
 
   Args:
     directory: MODEL_DIR, or where a composition is saved.
-    model: the composed model.
+    model: composed, or an anchor with updates.
     fingerprints: of the frozen models by name, 'anchor' among them.
   """
-  composition = {
-    field.name: getattr(model.composition, field.name)
-    for field in dataclasses.fields(CompositionConfig)
-    if field.name != 'mapping'
-  }
-  content = {
-    'composition': composition,
-    'connections': [dataclasses.asdict(c) for c in model.connections],
-    'fingerprints': dict(fingerprints),
-  }
+  content: dict[str, Any]
+  if model.lora is not None:
+    content = {'lora': dataclasses.asdict(model.lora)}
+  else:
+    composition = {**vars(model.composition)}
+    del composition['mapping']
+    content = {
+      'composition': composition,
+      'connections': [dataclasses.asdict(c) for c in model.connections],
+    }
+  content['fingerprints'] = dict(fingerprints)
   directory.mkdir(parents=True, exist_ok=True)
   (directory / CONFIG_FILE).write_text(json.dumps(content, indent=2) + '\n')
 
@@ -81,13 +87,7 @@ def read_config(
   directory: pathlib.Path,
 ) -> tuple[CompositionConfig, dict[str, str]]:
   """Returns the composition with explicit connections, and the fingerprints."""
-  file = directory / CONFIG_FILE
-  if not file.is_file():
-    raise ValueError(
-      f'{directory} holds no {CONFIG_FILE}. Give the MODEL_DIR of a training'
-      ' run, or a folder that Model.save has written.'
-    )
-  content = directories.read_json(file)
+  content = _read(directory, 'composition')
   try:
     mapping = LayerMapping.explicit(
       [Connection(**fields) for fields in content['connections']]
@@ -95,10 +95,48 @@ def read_config(
     config = CompositionConfig(mapping=mapping, **content['composition'])
     return config, dict(content['fingerprints'])
   except (KeyError, TypeError) as error:
+    raise _unreadable(directory, error) from error
+
+
+def read_lora(directory: pathlib.Path) -> tuple[LoraConfig, dict[str, str]]:
+  """Returns the form of the updates, and the anchor's fingerprint by name."""
+  content = _read(directory, 'lora')
+  try:
+    return LoraConfig(**content['lora']), dict(content['fingerprints'])
+  except (KeyError, TypeError) as error:
+    raise _unreadable(directory, error) from error
+
+
+def read_fingerprints(directory: pathlib.Path) -> dict[str, str]:
+  """Returns the fingerprints of the frozen models by name, of any run."""
+  try:
+    return dict(_read(directory)['fingerprints'])
+  except (KeyError, TypeError) as error:
+    raise _unreadable(directory, error) from error
+
+
+def _read(directory: pathlib.Path, kind: str | None = None) -> dict[str, Any]:
+  file = directory / CONFIG_FILE
+  if not file.is_file():
     raise ValueError(
-      f'{file} is not what this version writes: {error}. Take it from where the'
-      ' composition was saved, or use the version that wrote it.'
-    ) from error
+      f'{directory} holds no {CONFIG_FILE}. Give the MODEL_DIR of a training'
+      ' run, or a folder that Model.save has written.'
+    )
+  content = directories.read_json(file)
+  for other in ('composition', 'lora'):
+    if kind not in (None, other) and other in content:
+      raise ValueError(
+        f'{file} is of a run that trained {other}, not {kind}. Give another'
+        f' directory, or load {other}.'
+      )
+  return content
+
+
+def _unreadable(directory: pathlib.Path, error: Exception) -> ValueError:
+  return ValueError(
+    f'{directory / CONFIG_FILE} is not what this version writes: {error}. Take'
+    ' it from where the run was saved, or use the version that wrote it.'
+  )
 
 
 def check_fingerprints(
@@ -133,7 +171,7 @@ def check_models(
     directory: MODEL_DIR of a run that has begun.
     specs: of the frozen models by name, 'anchor' among them.
   """
-  expected = read_config(directory)[1]
+  expected = read_fingerprints(directory)
   actual = {
     name: pretrained.fingerprint(spec)
     if spec.weights == 'pretrained'
@@ -151,8 +189,12 @@ def check_run(
   """Raises ValueError if the directory holds a run of something else."""
   if not (directory / CONFIG_FILE).exists():
     return
-  check_models(directory, specs)
+  if model.lora is not None:
+    _check_settings(directory, read_lora(directory)[0], model.lora)
+    check_models(directory, specs)
+    return
   begun, _ = read_config(directory)
+  check_models(directory, specs)
   if begun.mapping.connections != model.connections:
     raise ValueError(
       f'{directory} holds a run with the connections'
@@ -160,21 +202,27 @@ def check_run(
       f' {[c.key for c in model.connections]}. Choose another MODEL_DIR.'
     )
   wanted = dataclasses.replace(model.composition, mapping=begun.mapping)
+  _check_settings(directory, begun, wanted)
+
+
+def _check_settings(directory: pathlib.Path, begun: Any, wanted: Any) -> None:
   for name, value in vars(begun).items():
     if getattr(wanted, name) != value:
       raise ValueError(
-        f'{directory} holds a run with CompositionConfig.{name} = {value!r};'
-        f' this one has {getattr(wanted, name)!r}. Choose another MODEL_DIR.'
+        f'{directory} holds a run with {type(begun).__name__}.{name} ='
+        f' {value!r}; this one has {getattr(wanted, name)!r}. Choose another'
+        ' MODEL_DIR.'
       )
 
 
-def write_composition(directory: pathlib.Path, composition: Params) -> None:
-  """Writes Theta_C, and nothing else, as safetensors."""
+def write_trained(
+  directory: pathlib.Path, params: Params, *, name: str = WEIGHTS_FILE
+) -> None:
+  """Writes Theta_C, or LoRA's updates, and nothing else, as safetensors."""
   tensors = {
-    name: weights.of_array(leaf)
-    for name, leaf in trees.flatten(composition).items()
+    name: weights.of_array(leaf) for name, leaf in trees.flatten(params).items()
   }
-  weight_files.write_file(directory / WEIGHTS_FILE, tensors)
+  weight_files.write_file(directory / name, tensors)
 
 
 def write_card(
@@ -183,7 +231,7 @@ def write_card(
   """Writes README.md, the model card; one that is there is left alone.
 
   Args:
-    directory: with what `write_config` and `write_composition` have written.
+    directory: with what `write_config` and `write_trained` have written.
     model: the composed model.
     fingerprints: of the frozen models by name.
   """
@@ -212,12 +260,14 @@ def write_card(
   )
 
 
-def read_composition(directory: pathlib.Path) -> dict[str, Any]:
-  """Reads Theta_C as nested numpy arrays."""
-  file = directory / WEIGHTS_FILE
+def read_trained(
+  directory: pathlib.Path, *, name: str = WEIGHTS_FILE
+) -> dict[str, Any]:
+  """Reads Theta_C, or LoRA's updates, as nested numpy arrays."""
+  file = directory / name
   if not file.is_file():
     raise ValueError(
-      f'{directory} holds no {WEIGHTS_FILE}: the run has not ended. Let it end,'
+      f'{directory} holds no {name}: the run has not ended. Let it end,'
       ' by the same command, first.'
     )
   tensors = weight_files.open_file(file)

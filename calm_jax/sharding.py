@@ -23,6 +23,7 @@ LOGICAL_AXIS_RULES = (
   ('kv_heads', 'tensor'),
   ('head_dim', None),
   ('layers', None),
+  ('lora_rank', None),
   ('batch', ('data', 'fsdp')),
   ('length', None),
   ('activation_embed', None),

@@ -6,6 +6,7 @@ Read `train` from top to bottom: its stages are in the order of execution.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 import functools
 import pathlib
 from typing import Literal
@@ -17,19 +18,19 @@ from jax.sharding import Mesh
 from calm_jax import (
   assembly,
   checkpoints,
+  evaluation,
   flops,
   metrics,
   optimizers,
-  run_files,
   sharding,
   train_state,
   train_step,
 )
-from calm_jax.array_types import Params
+from calm_jax import run_stages as stages
 from calm_jax.batches import BatchIterator
-from calm_jax.composition import ComposedLM
 from calm_jax.connections import CompositionConfig
-from calm_jax.models import export, stacking, weights
+from calm_jax.lora import LoraConfig
+from calm_jax.model import Model
 from calm_jax.models.pretrained import ModelSpec
 from calm_jax.prefetch import Prefetcher
 
@@ -43,7 +44,8 @@ def train(
   batch_size: int,
   augmenting: Mapping[str, ModelSpec] | None = None,
   composition: CompositionConfig | None = None,
-  trainable: Literal['composition', 'anchor'] = 'composition',
+  trainable: Literal['composition', 'lora', 'anchor'] = 'composition',
+  lora: LoraConfig | None = None,
   optimizer: optimizers.OptimizerConfig = optimizers.OptimizerConfig(),
   random_seed: int = 0,
   microbatches: int = 1,
@@ -54,6 +56,7 @@ def train(
   make_mesh: Callable[[], Mesh] = sharding.make_mesh,
   log_every: int = 50,
   checkpoint_every: int = 500,
+  evaluator: evaluation.Evaluator = evaluation.Evaluator(),
   keep_checkpoints: int = 3,
   export_dtype: str | None = None,
   summarize_config: Callable[[pathlib.Path], None] | None = None,
@@ -68,7 +71,9 @@ def train(
     batch_size: rows of a global batch.
     augmenting: frozen models that are read, by name.
     composition: mapping and form of the cross-attention.
-    trainable: the subtree that is trained; all others are frozen.
+    trainable: the subtree that is trained. The baselines 'lora' and 'anchor'
+      (all of it) leave out a composition that is described.
+    lora: the form of LoRA's updates.
     optimizer: AdamW, Adafactor or Muon with its schedule.
     random_seed: of initialisation and data.
     microbatches: slices of a batch whose gradients are added.
@@ -79,6 +84,7 @@ def train(
     make_mesh: arranges the devices.
     log_every: steps between progress lines and rows of metrics.jsonl.
     checkpoint_every: steps between checkpoints; the last step is always saved.
+    evaluator: tasks that are decoded and scored during training.
     keep_checkpoints: how many of the newest stay.
     export_dtype: stored dtype of a decoder trained from scratch.
     summarize_config: writes the configuration into a directory.
@@ -92,51 +98,50 @@ def train(
   """
   # --- Check and describe, without allocating -------------------------------
   directory = pathlib.Path(model_dir).expanduser()
-  augmenting = augmenting or {}
-  model = assembly.build_model(
-    anchor, augmenting=augmenting, composition=composition, stack=stack
+  model, augmenting = assembly.build_trained(
+    trainable,
+    anchor,
+    augmenting=augmenting or {},
+    composition=composition,
+    lora=lora,
+    stack=stack,
   )
   mesh = make_mesh()
-  assembly.check_trainable(trainable, model, anchor)
-  _check(train_steps, batch_size, microbatches, embedding_noise, mesh)
+  stages.check(train_steps, batch_size, microbatches, embedding_noise, mesh)
+  evaluator.check()
   boxed = jax.eval_shape(model.init_params, jax.random.key(random_seed))
   places = sharding.param_shardings(boxed, mesh)
+  readers = assembly.build_readers(anchor, augmenting, composition)
   batches = make_batches(
     batch_size=batch_size,
     seed=random_seed,
     vocabulary=anchor.vocabulary,
-    readers=assembly.build_readers(anchor, augmenting, composition),
+    readers=readers,
     targets_per_row=targets_per_row,
   )
   shapes = nn.unbox(boxed)
-  say(metrics.describe(model, shapes, trainable=trainable))
+  stages.say(metrics.describe(model, shapes, trainable=trainable))
 
   # --- Frozen weights --------------------------------------------------------
-  frozen = {}
-  if trainable == 'composition':
-    specs = {'anchor': anchor, **augmenting}
-    frozen = _load_frozen(directory, model, specs, mesh=mesh, seed=random_seed)
+  specs = {'anchor': anchor, **augmenting} if trainable != 'anchor' else {}
+  frozen = stages.load_frozen(directory, model, specs, mesh, random_seed)
   if summarize_config is not None and jax.process_index() == 0:
     summarize_config(directory)
 
   # --- Trained state: newest good checkpoint, or fresh -----------------------
   update = optimizer.make(train_steps)
-  create = functools.partial(
-    train_state.create, optimizer=update, seed=random_seed
+  saved = checkpoints.Checkpoints(directory / 'checkpoints', keep_checkpoints)
+  state, state_places = stages.open_state(
+    saved,
+    batches,
+    functools.partial(train_state.create, optimizer=update, seed=random_seed),
+    shapes={trainable: shapes[trainable]},
+    places={trainable: places[trainable]},
+    start=lambda: stages.start(model, anchor, trainable, mesh, random_seed),
   )
-  state_shapes = jax.eval_shape(create, {trainable: shapes[trainable]})
-  state_places = train_state.shardings(
-    state_shapes, {trainable: places[trainable]}, mesh
-  )
-  kept = directory / 'checkpoints'
-  saved = checkpoints.Checkpoints(kept, keep=keep_checkpoints)
-  state = _restore(saved, state_shapes, state_places, batches)
-  if state is None:
-    fresh = _start(model, anchor, trainable, mesh=mesh, seed=random_seed)
-    state = jax.jit(create, out_shardings=state_places)({trainable: fresh})
   first_step = int(state.step)
-  say(f'{trainable}: trained from step {first_step}, seed {random_seed}')
-  say(metrics.memory_report(frozen=frozen, trained=state))
+  stages.say(f'{trainable}: trained from step {first_step}, seed {random_seed}')
+  stages.say(metrics.memory_report(frozen=frozen, trained=state))
 
   # --- Train: the step, and the loop -----------------------------------------
   step_fn = jax.jit(
@@ -152,148 +157,34 @@ def train(
     out_shardings=(state_places, sharding.replicated(mesh)),
   )
   feed = Prefetcher(batches)
+  speaker = Model(model, {}, spec=anchor, mesh=mesh, readers=readers)
   log = metrics.Log(
     directory,
-    first_step=first_step,
-    last_step=train_steps,
+    steps=(first_step, train_steps),
     schedule=optimizer.schedule(train_steps),
-    step_flops=functools.partial(
-      flops.least, model, shapes, trainable=trainable
-    ),
+    step_flops=lambda batch: flops.least(model, shapes, batch, trainable),
   )
-  try:
-    with jax.set_mesh(mesh):
-      for step in range(first_step + 1, train_steps + 1):
-        batch = next(feed)
-        placed = sharding.put_batch(batch, mesh)
-        state, measured = step_fn(state, frozen, placed)
-        if step == first_step + 1:  # compiled: the clock starts here
-          jax.block_until_ready(state.step)
-          log.start(batch, feed.wait_seconds)
-        if step % log_every == 0 or step == train_steps:
-          log.write(step, measured, **feed.report())
-        if step % checkpoint_every == 0 or step == train_steps:
-          log.check(step, measured)  # never save a broken state
-          saved.save(state, data_state=feed.state())
-  finally:
-    feed.close()
-    log.close()
-    saved.close()
+  is_due = lambda step, every: step % every == 0 or step == train_steps
+  with closing(saved), closing(log), closing(feed), jax.set_mesh(mesh):
+    for step in range(first_step + 1, train_steps + 1):
+      batch = next(feed)
+      state, measured = step_fn(state, frozen, sharding.put_batch(batch, mesh))
+      if step == first_step + 1:  # compiled: the clock starts here
+        jax.block_until_ready(state.step)
+        log.start(batch, feed.wait_seconds)
+      if is_due(step, log_every):
+        log.write(step, measured, **feed.report())
+      if is_due(step, checkpoint_every):
+        log.check(step, measured)  # never save a broken state
+        saved.save(state, data_state=feed.state())
+      if evaluator.tasks and is_due(step, evaluator.every):
+        speaker.params = {**frozen, **state.params}
+        log.add(step, stages.evaluate(evaluator, speaker, directory, step))
 
   # --- Export ----------------------------------------------------------------
-  _export(directory, model, anchor, state.params, export_dtype)
-  say(f'Done: step {train_steps} in {directory}')
+  stages.export_trained(directory, model, anchor, state.params, export_dtype)
+  stages.say(f'Done: step {train_steps} in {directory}')
   return log.last
-
-
-def say(text: str) -> None:
-  """Prints a line, on process 0 only."""
-  if jax.process_index() == 0:
-    print(text, flush=True)
-
-
-def _check(
-  train_steps: int,
-  batch_size: int,
-  microbatches: int,
-  embedding_noise: float,
-  mesh: Mesh,
-) -> None:
-  """Raises ValueError for settings that cannot work together."""
-  if train_steps < 1:
-    raise ValueError(f'TRAIN_STEPS = {train_steps}: it must be at least 1.')
-  if embedding_noise < 0:
-    raise ValueError(
-      f'embedding_noise = {embedding_noise}: it must not be negative.'
-    )
-  if batch_size % microbatches:
-    raise ValueError(
-      f'BATCH_SIZE = {batch_size} cannot be split into {microbatches}'
-      ' microbatches. Choose a multiple.'
-    )
-  sharding.check_batch_size(batch_size // microbatches, mesh)
-
-
-def _load_frozen(
-  directory: pathlib.Path,
-  model: ComposedLM,
-  specs: Mapping[str, ModelSpec],
-  *,
-  mesh: Mesh,
-  seed: int,
-) -> Params:
-  """Loads the frozen models, which must be those of the run in `directory`."""
-  run_files.check_run(directory, model, specs)
-  loaded = assembly.load_all(model, specs, mesh=mesh, seed=seed)
-  for name, one in loaded.items():
-    say(f'{name}: {one.origin}, fingerprint {one.fingerprint[:16]}, frozen')
-    say(f'{name}: {one.report}')
-  fingerprints = {name: one.fingerprint for name, one in loaded.items()}
-  if (directory / run_files.CONFIG_FILE).exists():
-    _, expected = run_files.read_config(directory)
-    run_files.check_fingerprints(expected, fingerprints, where=directory)
-  elif jax.process_index() == 0:
-    run_files.write_config(directory, model, fingerprints)
-  return assembly.frozen_tree(loaded)
-
-
-def _restore(
-  saved: checkpoints.Checkpoints,
-  shapes: train_state.TrainState,
-  places: train_state.TrainState,
-  batches: BatchIterator,
-) -> train_state.TrainState | None:
-  """Returns the newest good checkpoint, its data position set; or None."""
-  wanted = jax.tree.map(
-    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-    shapes,
-    places,
-  )
-  restored = saved.restore(wanted, warn=say)
-  if restored is None:
-    return None
-  state, data_state = restored
-  batches.restore(data_state)
-  return state
-
-
-def _start(
-  model: ComposedLM, anchor: ModelSpec, trainable: str, *, mesh: Mesh, seed: int
-) -> Params:
-  """Returns what training begins with: fresh, or the anchor's own weights."""
-  if trainable == 'composition':
-    return assembly.init_composition(model, mesh=mesh, seed=seed)
-  loaded = assembly.load(anchor, model.anchor, mesh=mesh, seed=seed)
-  say(f'anchor: {loaded.origin}, to be trained')
-  say(f'anchor: {loaded.report}')
-  return loaded.params
-
-
-def _export(
-  directory: pathlib.Path,
-  model: ComposedLM,
-  anchor: ModelSpec,
-  trained: Params,
-  export_dtype: str | None,
-) -> None:
-  """Writes what was trained as safetensors, on process 0."""
-  if jax.process_index():
-    return
-  if 'composition' in trained:
-    run_files.write_composition(directory, trained['composition'])
-    _, fingerprints = run_files.read_config(directory)
-    run_files.write_card(directory, model, fingerprints)
-    return
-  export.write_as_it_came(
-    directory / 'model',
-    spec=anchor,
-    params=stacking.restack(
-      jax.tree.map(weights.of_array, trained['anchor']),
-      source=model.anchor,
-      target=model.anchor.clone(stack='loop'),
-    ),
-    storage_dtype=export_dtype,
-  )
 
 
 if __name__ == '__main__':

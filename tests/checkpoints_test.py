@@ -251,8 +251,7 @@ def test_metrics_are_cut_to_the_restored_step(tmp_path):
   file.write_text('\n'.join(rows) + '\n{"step": 4, "train/lo')
   log = metrics.Log(
     tmp_path,
-    first_step=2,
-    last_step=9,
+    steps=(2, 9),
     schedule=lambda step: 0.5,
     step_flops=lambda batch: 1.0,
   )

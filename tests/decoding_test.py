@@ -133,7 +133,7 @@ class Letters(toys.IdVocabulary):
     ('aé\0b', ['éb'], 'a', 5, True),  # a special token has no bytes
     ('aéb#c', [], 'aéb', 4, True),  # EOS
     ('aé', ['b'], 'aé', 3, False),
-    ('a~', [], 'a?', 2, False),  # unknown is not nothing
+    ('a~', [], 'a ?', 2, False),  # unknown is not nothing
     ('aa', ['a'], '', 1, True),
   ],
 )

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from calm_jax import assembly, evaluate, gin_setup, train, train_state
+from calm_jax import assembly, evaluate, gin_setup, run_stages, train_state
 from calm_jax.models import families, sizes
 from calm_jax.tasks import key_value_tables
 from tests import tiny, toys
@@ -199,7 +199,7 @@ def test_no_pair_is_forgotten():
 def test_a_run_builds_and_tells_its_configuration(
   run_file, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(train, '_load_frozen', lambda *args, **kwargs: {})
+  monkeypatch.setattr(run_stages, 'load_frozen', lambda *args, **kwargs: {})
 
   def summarize(directory):
     gin_setup.write_operative_config(directory)
@@ -269,7 +269,7 @@ def test_the_shipped_files_are_found_by_their_short_names():
     ('train.batchsize = 8', r'--gin.train.batchsize=8: .*batchsize'),
     ('trian.batch_size = 8', 'trian'),
     ('make_mesh.fsdp = 2', r'make_mesh.fsdp is set, and train does not us'),
-    ('evaluate.batch_size = 8', 'evaluate.batch_size is set, and train does'),
+    ('evaluate.random_seed = 8', 'evaluate.random_seed is set, and train does'),
     ('train.z_loss = %Z_LOSS', 'The macro .*Z_LOSS.* is used and not set'),
     (
       'npz_batches.path = %gin.REQUIRED',

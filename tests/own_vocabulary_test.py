@@ -272,3 +272,58 @@ def test_tokens_of_ones_own_are_not_the_anchors():
   cache = MODEL.empty_cache(batch=1, slots=4)
   with pytest.raises(ValueError, match=r"\['code', 'texts'\] read tokens of t"):
     MODEL.extend(PARAMS, np.zeros((1, 1)), np.zeros((1, 1)), cache)
+
+
+# --- m_A as an encoder -------------------------------------------------------
+
+
+@functools.cache
+def prompt_only():
+  """The same model, and one vocabulary for all: m_A reads the prompt alone."""
+  model = tiny.composed(augmenting_context='prompt')
+  reader = alignment.Reader(
+    WORDS, WORDS, anchor_size=tiny.VOCAB, reads_targets=False
+  )
+  return model, toys.params(model), {'code': reader}
+
+
+def prompt_batch(targets, *, prompt='abc +de'):
+  _, _, readers = prompt_only()
+  ids, ends = alignment.begin(WORDS, prompt)
+  reading = readers['code'].read_prompt(prompt, anchor_ends=ends)
+  batch = tiny.batch_of([[*ids, *targets]])
+  return {**batch, **batches.augmenting_arrays('code', [reading])}, len(ids)
+
+
+def test_with_the_prompt_alone_m_a_reads_no_target():
+  model, params, _ = prompt_only()
+  batch, last = prompt_batch([3, 1, 4])
+  before = tiny.logits(model, params, batch)[0]
+  # Nothing of it is read before the prompt is known, and all of it after.
+  changed = {**batch, 'code_input_tokens': batch['code_input_tokens'] * 0}
+  after = tiny.logits(model, params, changed)[0]
+  np.testing.assert_array_equal(after[: last - 1], before[: last - 1])
+  assert np.all(np.any(after[last - 1 :] != before[last - 1 :], axis=-1))
+  assert batch['code_input_tokens'].shape[1] == last
+
+
+@pytest.mark.slow
+def test_decoding_with_the_prompt_alone_is_the_full_forward():
+  """And m_A runs once: no step of decoding feeds it."""
+  model, params, readers = prompt_only()
+  ids, ends = alignment.begin(WORDS, 'abc +de')
+  reading = readers['code'].read_prompt('abc +de', anchor_ends=ends)
+  run = generation.Generator(
+    OnlyWords(model), vocabulary=WORDS, readers=readers
+  )
+  ((found,),) = run(
+    params, [ids], readings={'code': [reading]}, max_new_tokens=5
+  )
+  said = []
+  for _ in range(5):
+    batch, last = prompt_batch([*said, 0])
+    logits = tiny.logits(model, params, batch)[0, last + len(said) - 1]
+    said.append(int(np.argmax(logits[:11])))
+  assert found.tokens == said
+  cache = model.empty_cache(batch=1, slots=4, augmenting_slots={'code': 3})
+  assert cache.augmenting == {}

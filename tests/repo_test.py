@@ -30,11 +30,11 @@ FLOORS = (
   ' models.config_fields models.rope_fields models.family_tables'
   ' models.tensor_names models.families models.directories models.weights'
   ' models.weight_files models.export models.sizes',
-  'connections cross_attention sources composed_cache composition',
+  'connections cross_attention sources composed_cache lora composition',
   'optimizers train_state batches array_batches prefetch data'
   ' feature_converters checkpoints metrics flops assembly run_files',
   'train_step sampling decoding beam_search generation scoring evaluation',
-  'model api evaluate infer train convert import_t5x gin_setup',
+  'model run_stages api evaluate infer train convert import_t5x gin_setup',
   'contrib.t5x',
 )
 # What a module may import of its own floor.
@@ -71,7 +71,7 @@ WITHIN_A_FLOOR = {
   'models.stacking': 'models.transformer',
   'models.sizes': 'models.config models.families',
   'cross_attention': 'connections',
-  'composition': 'composed_cache connections cross_attention sources',
+  'composition': 'composed_cache connections cross_attention lora sources',
   'checkpoints': 'train_state',
   'run_files': 'metrics',
   'data': 'batches',
@@ -82,6 +82,8 @@ WITHIN_A_FLOOR = {
   'generation': 'beam_search decoding sampling',
   'scoring': 'decoding generation',
   'api': 'model',
+  'run_stages': 'model',
+  'train': 'model run_stages',
   'evaluation': 'generation sampling',
   'evaluate': 'api model',
   'infer': 'evaluate model',

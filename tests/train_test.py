@@ -18,6 +18,7 @@ from calm_jax import (
   assembly,
   checkpoints,
   connections,
+  evaluation,
   optimizers,
   sharding,
   train,
@@ -319,7 +320,11 @@ def test_a_directory_belongs_to_one_run(
   ('settings', 'message'),
   [
     ({'train_steps': 0}, 'TRAIN_STEPS = 0: it must be at least 1'),
-    ({'trainable': 'anchor'}, r"'anchor' is not one of \['composition'\]"),
+    (
+      {'trainable': 'all'},
+      r"'all' is not one of \('composition', 'lo",
+    ),
+    ({'trainable': 'anchor'}, 'ANCHOR keeps its weights in bfloat16'),
     ({'microbatches': 3}, 'BATCH_SIZE = 8 cannot be split into 3 microbatch'),
     ({'embedding_noise': -1.0}, 'embedding_noise = -1.0: it must not be neg'),
     ({'batch_size': 6, 'make_mesh': sharding.make_mesh}, 'multiple of 8'),
@@ -364,3 +369,64 @@ def test_a_target_left_out_of_the_loss_is_an_error(donors, tmp_path):
   with pytest.raises(ValueError, match='Step 1 left .* targets_per_row'):
     run(tmp_path, donors, make_batches=careless, targets_per_row=2)
   assert not (tmp_path / 'composition.safetensors').exists()
+
+
+# --- Evaluation on the way ---------------------------------------------------
+
+
+class Shout:
+  """A benchmark: answers are compared in capital letters."""
+
+  name, max_new_tokens, stop = 'shout', 3, (' a1 ',)
+  splits, eval_splits = ('test', 'other'), ('test',)
+
+  def examples(self, split):
+    return [{'inputs': f'a{i} a{i}', 'targets': f'a{i}'} for i in (3, 5, 7)]
+
+  def prediction(self, output, example):
+    assert ' a1 ' not in output
+    return output.upper()
+
+  def metrics(self, examples, predictions):
+    targets = [example['targets'].upper() for example in examples]
+    both = zip(targets, predictions, strict=True)
+    right = [[target] == said for target, said in both]
+    return {'match': float(np.mean(right)), 'signature': 'upper'}
+
+
+def test_evaluation_during_training(donors, finished, tmp_path):
+  """At its own steps and the last; the training is as it was without."""
+  evaluator = evaluation.Evaluator(tasks=[Shout()], every=4)
+  run(tmp_path, donors, evaluator=evaluator)
+  for step in ('4', '6'):
+    place = tmp_path / 'eval' / 'shout' / 'test' / step
+    lines = (place / 'predictions.jsonl').read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row['inputs'] for row in rows] == ['a3 a3', 'a5 a5', 'a7 a7']
+    said = [[text.upper() for text in row['outputs']] for row in rows]
+    assert said == [row['predictions'] for row in rows]
+    measured = json.loads((place / 'metrics.json').read_text())
+    assert set(measured) == {'num_examples', 'match', 'signature'}
+  rows = metrics_of(tmp_path)
+  trained = [row for row in rows if 'train/loss' in row]
+  assert trained == metrics_of(finished)
+  scored = [row for row in rows if 'train/loss' not in row]
+  assert [row['step'] for row in scored] == [4, 6]
+  assert 'eval/shout/test/match' in scored[0]
+  theta = safetensors.numpy.load_file(tmp_path / 'composition.safetensors')
+  other = safetensors.numpy.load_file(finished / 'composition.safetensors')
+  for name, tensor in theta.items():
+    np.testing.assert_array_equal(tensor, other[name])
+
+
+def test_tasks_are_checked_before_anything_is_written(donors, tmp_path):
+  task = Shout()
+  task.eval_splits = ('dev',)
+  for tasks, message in (
+    ([task], "'shout' has no split 'dev'; it has"),
+    ([Shout(), Shout()], "Two tasks are called 'shout'"),
+  ):
+    evaluator = evaluation.Evaluator(tasks=tasks)
+    with pytest.raises(ValueError, match=message):
+      run(tmp_path / 'new', donors, evaluator=evaluator)
+  assert not (tmp_path / 'new').exists()

@@ -71,6 +71,9 @@ class Dense(nn.Module):
     out = flat @ quantization.dequantize(
       kernel, self.dtype, logical_axes=self.axes
     )
+    if self.has_variable('lora', 'a'):  # see calm_jax.lora
+      down, up = (self.get_variable('lora', name) for name in 'ab')
+      out = out + flat @ down.astype(self.dtype) @ up.astype(self.dtype)
     if self.bias:
       bias = self.param(
         'bias',

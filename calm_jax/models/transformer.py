@@ -109,7 +109,7 @@ class Tower(nn.Module):
       return Block(self.config, name=name)
     scanned = nn.scan(
       Block,
-      variable_axes={'params': 0},
+      variable_axes={'params': 0, 'lora': 0},
       split_rngs={'params': True},
       in_axes=(0, 0, nn.broadcast),
       out_axes=0,

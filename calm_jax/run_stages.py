@@ -1,0 +1,170 @@
+"""The stages of a training run around the training: check, load, export."""
+
+from collections.abc import Callable, Mapping
+import pathlib
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from calm_jax import (
+  assembly,
+  checkpoints,
+  evaluation,
+  run_files,
+  sharding,
+  train_state,
+)
+from calm_jax.array_types import Params
+from calm_jax.batches import BatchIterator
+from calm_jax.composition import ComposedLM
+from calm_jax.model import Model
+from calm_jax.models import export, stacking, weights
+from calm_jax.models.pretrained import ModelSpec
+
+
+def say(text: str) -> None:
+  """Prints a line, on process 0 only."""
+  if jax.process_index() == 0:
+    print(text, flush=True)
+
+
+def check(
+  train_steps: int,
+  batch_size: int,
+  microbatches: int,
+  embedding_noise: float,
+  mesh: Mesh,
+) -> None:
+  """Raises ValueError for settings that cannot work together."""
+  if train_steps < 1:
+    raise ValueError(f'TRAIN_STEPS = {train_steps}: it must be at least 1.')
+  if embedding_noise < 0:
+    raise ValueError(
+      f'embedding_noise = {embedding_noise}: it must not be negative.'
+    )
+  if batch_size % microbatches:
+    raise ValueError(
+      f'BATCH_SIZE = {batch_size} cannot be split into {microbatches}'
+      ' microbatches. Choose a multiple.'
+    )
+  sharding.check_batch_size(batch_size // microbatches, mesh)
+
+
+def load_frozen(
+  directory: pathlib.Path,
+  model: ComposedLM,
+  specs: Mapping[str, ModelSpec],
+  mesh: Mesh,
+  seed: int,
+) -> Params:
+  """Loads the frozen models, which must be those of the run in `directory`."""
+  if not specs:
+    return {}
+  run_files.check_run(directory, model, specs)
+  loaded = assembly.load_all(model, specs, mesh=mesh, seed=seed)
+  for name, one in loaded.items():
+    say(f'{name}: {one.origin}, fingerprint {one.fingerprint[:16]}, frozen')
+    say(f'{name}: {one.report}')
+  fingerprints = {name: one.fingerprint for name, one in loaded.items()}
+  if (directory / run_files.CONFIG_FILE).exists():
+    expected = run_files.read_fingerprints(directory)
+    run_files.check_fingerprints(expected, fingerprints, where=directory)
+  elif jax.process_index() == 0:
+    run_files.write_config(directory, model, fingerprints)
+  return assembly.frozen_tree(loaded)
+
+
+def open_state(
+  saved: checkpoints.Checkpoints,
+  batches: BatchIterator,
+  create: Callable[[Params], train_state.TrainState],
+  *,
+  shapes: Params,
+  places: Params,
+  start: Callable[[], Params],
+) -> tuple[train_state.TrainState, train_state.TrainState]:
+  """Returns the state to train from, and the sharding of each leaf of it.
+
+  Args:
+    saved: the newest good checkpoint is taken, if there is one.
+    batches: set to the checkpoint's position.
+    create: from the trained subtree to the state at step 0.
+    shapes: of the trained subtree.
+    places: its shardings.
+    start: returns the subtree that training begins with.
+  """
+  state_shapes = jax.eval_shape(create, shapes)
+  mesh = jax.tree.leaves(places)[0].mesh
+  state_places = train_state.shardings(state_shapes, places, mesh)
+  wanted = jax.tree.map(
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    state_shapes,
+    state_places,
+  )
+  restored = saved.restore(wanted, warn=say)
+  if restored is not None:
+    state, data_state = restored
+    batches.restore(data_state)
+    return state, state_places
+  trained = dict.fromkeys(places, start())
+  return jax.jit(create, out_shardings=state_places)(trained), state_places
+
+
+def start(
+  model: ComposedLM, anchor: ModelSpec, trainable: str, mesh: Mesh, seed: int
+) -> Params:
+  """Returns what training begins with: fresh, or the anchor's own weights."""
+  if trainable != 'anchor':
+    return assembly.init_trained(trainable, model, mesh=mesh, seed=seed)
+  loaded = assembly.load(anchor, model.anchor, mesh=mesh, seed=seed)
+  say(f'anchor: {loaded.origin}, to be trained')
+  say(f'anchor: {loaded.report}')
+  return loaded.params
+
+
+def evaluate(
+  evaluator: evaluation.Evaluator,
+  speaker: Model,
+  directory: pathlib.Path,
+  step: int,
+) -> dict[str, dict[str, Any]]:
+  """Evaluates the model as it is after a step, in `eval/` of the run."""
+  return evaluator(
+    speaker.decode, directory=directory / 'eval', label=str(step), say=say
+  )
+
+
+def export_trained(
+  directory: pathlib.Path,
+  model: ComposedLM,
+  anchor: ModelSpec,
+  trained: Params,
+  export_dtype: str | None,
+) -> None:
+  """Writes what was trained as safetensors, on process 0."""
+  if jax.process_index():
+    return
+
+  def as_loop(params):
+    return stacking.restack(
+      jax.tree.map(weights.of_array, params),
+      source=model.anchor,
+      target=model.anchor.clone(stack='loop'),
+    )
+
+  if 'lora' in trained:
+    updates = as_loop(trained['lora'])
+    run_files.write_trained(directory, updates, name=run_files.LORA_FILE)
+    return
+  if 'composition' in trained:
+    run_files.write_trained(directory, trained['composition'])
+    fingerprints = run_files.read_fingerprints(directory)
+    run_files.write_card(directory, model, fingerprints)
+    return
+  export.write_as_it_came(
+    directory / 'model',
+    spec=anchor,
+    params=as_loop(trained['anchor']),
+    storage_dtype=export_dtype,
+  )
