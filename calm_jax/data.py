@@ -186,7 +186,7 @@ def seqio_batches(
     mixture_or_task_name: a name that SeqIO knows.
     task_feature_lengths: lengths of 'targets' and, if the task has them,
       'inputs'. Their sum is T, the slots of a row, as in T5X. And S by name of
-      each reader.
+      readers; T if not given.
     batch_size: B, rows in a global batch.
     seed: for the order, the mixing and stochastic preprocessors.
     split: which split of the task.
@@ -209,7 +209,8 @@ def seqio_batches(
   readers = readers or {}
   lengths = dict(task_feature_lengths)
   _check_lengths(mixture_or_task_name, lengths, features, readers)
-  augmenting_lengths = {name: lengths.pop(name) for name in readers}
+  own = {name: lengths.pop(name) for name in readers if name in lengths}
+  augmenting_lengths = dict.fromkeys(readers, sum(lengths.values())) | own
   _check_vocabulary(mixture_or_task_name, vocabulary)
   features_vocabulary = provider.output_features['targets'].vocabulary
   drops_text = readers and isinstance(provider, seqio.Mixture)
@@ -277,12 +278,12 @@ def _check_lengths(
   features: Iterable[str],
   readers: Iterable[str],
 ) -> None:
-  if set(lengths) != {*features, *readers}:
+  if not {*features} <= set(lengths) <= {*features, *readers}:
     raise ValueError(
       f'{mixture_or_task_name!r} has the features {features}, the augmenting '
-      f'models {sorted(readers)} have vocabularies of their own, and '
+      f'models {sorted(readers)} have tokens of their own, and '
       f'task_feature_lengths names {sorted(lengths)}; give a length for each '
-      'of these and no other.'
+      'feature, and none for what is neither.'
     )
 
 

@@ -111,6 +111,51 @@ def test_every_shipped_experiment_builds(file, monkeypatch, tmp_path):
     entry()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('baseline', ['lora', 'finetuned', 'random', 'encoder'])
+@pytest.mark.parametrize('format_', ['direct', 'scratchpad'])
+def test_every_baseline_is_one_file_more(format_, baseline, monkeypatch):
+  """Up to the model that is trained."""
+  built = []
+  build = assembly.build_trained
+
+  def build_and_stop(*args, **kwargs):
+    built.append((*build(*args, **kwargs), kwargs['augmenting']))
+    raise Reached
+
+  monkeypatch.setattr(assembly, 'build_trained', build_and_stop)
+  entry = gin_setup.configure(
+    'train',
+    gin_files=[
+      f'experiments/kv_quick_{format_}.gin',
+      f'baselines/{baseline}.gin',
+    ],
+    bindings=["MODEL_DIR = '/nowhere'"],
+  )
+  with pytest.raises(Reached):
+    entry()
+  ((model, specs, described),) = built
+  assert described['augmenting'].weights == (
+    'random' if baseline == 'random' else 'pretrained'
+  )
+  assert model.prompt_only == (
+    {'augmenting'} if baseline == 'encoder' else set()
+  )
+  is_alone = baseline in ('lora', 'finetuned')
+  assert (not model.connections, not specs) == (is_alone, is_alone)
+  assert (model.lora is not None) == (baseline == 'lora')
+
+
+def test_no_baseline_is_forgotten():
+  files = (ROOT / 'gin' / 'baselines').glob('*.gin')
+  assert {file.stem for file in files} == {
+    'lora',
+    'finetuned',
+    'random',
+    'encoder',
+  }
+
+
 def test_there_are_experiments():
   assert EXPERIMENTS
 
@@ -149,7 +194,8 @@ def test_every_shipped_pair_builds(pair, tmp_path, monkeypatch):
   bindings = [
     f"ANCHOR_PATH = '{tmp_path}/anchor'",
     f"AUGMENTING_PATH = '{tmp_path}/augmenting'",
-    "pretrained_model.weights = 'random'",
+    "anchor/pretrained_model.weights = 'random'",
+    "AUGMENTING_WEIGHTS = 'random'",
     "MODEL_DIR = '/nowhere'",
     "MIXTURE_OR_TASK_NAME = 'any'",
     "TASK_FEATURE_LENGTHS = {'inputs': 8, 'targets': 8}",
