@@ -160,11 +160,15 @@ def imports(file):
   return found
 
 
+def is_task(name):
+  return name.split('.')[:2] == ['calm_jax', 'tasks']
+
+
 def own_imports(file):
-  """Lists the modules of calm_jax that a file imports."""
+  """Lists the modules of calm_jax that a file imports, but for tasks."""
   ours = set()
   for name in imports(file):
-    if name.split('.')[0] != 'calm_jax':
+    if name.split('.')[0] != 'calm_jax' or is_task(name):
       continue
     parts = name.split('.')[1:]
     while parts and '.'.join(parts) not in modules():
@@ -197,6 +201,18 @@ def test_a_module_imports_from_lower_floors_only(name):
     if floors[other] == floors[name]:
       same_floor.add(other)
   assert same_floor == set(WITHIN_A_FLOOR.get(name, '').split())
+
+
+def test_tasks_stand_above_the_library():
+  """gin_setup names them, those that are plain Python only."""
+  for name, file in modules().items():
+    tasks = {one for one in imports(file) if is_task(one)}
+    assert not tasks or name == 'gin_setup', f'{name} imports {tasks}'
+  for task in filter(is_task, imports(modules()['gin_setup'])):
+    file = ROOT / 'tasks' / f'{task.split(".")[2]}.py'
+    roots = {name.split('.')[0] for name in imports(file)}
+    assert not own_imports(file), file
+    assert not {'jax', 'seqio', 'tensorflow'} & roots, file
 
 
 def test_nothing_imports_in_a_circle():
