@@ -8,6 +8,7 @@ iterators have no small state to continue from.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import difflib
 import functools
+import random
 from typing import Any, Protocol
 
 import seqio
@@ -18,7 +19,7 @@ from calm_jax.seqio_texts import SeqIOVocabulary
 
 _TEXT = 'inputs_pretokenized'  # What SeqIO calls the text of the inputs.
 _EXAMPLES = 128  # How many leave TensorFlow at once.
-_SHUFFLED = 10_000  # Tokenized examples in a mixture's shuffle buffer.
+_SHUFFLED = 10_000  # Texts in the shuffle buffer of a mixture's part.
 _THREADS = 2  # For tf.data: it must not fight the train step for the cores.
 
 
@@ -38,7 +39,7 @@ class Mixture(Protocol):
 
 
 class _PartSource(seqio.DataSource):
-  """The texts of one part, under the split 'train'."""
+  """The texts of one part, over and over; its split is 'train'."""
 
   def __init__(self, part: Part):
     self.part = part
@@ -47,6 +48,10 @@ class _PartSource(seqio.DataSource):
   @property
   def supports_arbitrary_sharding(self) -> bool:
     return False
+
+  @property
+  def performs_internal_shuffling(self) -> bool:
+    return True
 
   def list_shards(self, split: str) -> list[str]:
     return [split]
@@ -57,8 +62,30 @@ class _PartSource(seqio.DataSource):
   def get_dataset(
     self, split='train', shuffle=True, seed=None, shard_info=None
   ) -> tf.data.Dataset:
-    del split, shuffle, seed, shard_info  # SeqIO shuffles the one shard.
-    return seqio_texts.text_dataset(self.examples)
+    del split, shard_info  # There is one of each.
+
+    def stream():
+      # SeqIO would fill its buffer by repeating small data, which is slow.
+      rng = random.Random(seed or 0)
+      while True:
+        examples = self.examples()
+        yield from _shuffled(examples, rng) if shuffle else examples
+
+    return seqio_texts.text_dataset(stream)
+
+
+def _shuffled(examples: Iterable[Any], rng: random.Random) -> Iterator[Any]:
+  """Yields each example once, out of a buffer that is filled before."""
+  buffer = []
+  for example in examples:
+    if len(buffer) < _SHUFFLED:
+      buffer.append(example)
+    else:
+      i = rng.randrange(_SHUFFLED)
+      yield buffer[i]
+      buffer[i] = example
+  rng.shuffle(buffer)
+  yield from buffer
 
 
 def register_mixture(
@@ -72,7 +99,7 @@ def register_mixture(
     vocabulary: of the anchor.
 
   Returns:
-    The name, that of the mixture; its only split is 'train'.
+    The name, that of the mixture; its only split, 'train', never ends.
 
   Raises:
     ValueError: if the name stands for something else, or a part has no first
@@ -102,7 +129,7 @@ def register_mixture(
       preprocessors=[
         functools.partial(seqio_texts.tokenize_batched, with_eos=True)
       ],
-      shuffle_buffer_size=_SHUFFLED,
+      shuffle_buffer_size=None,
     )
     rates.append((name, source.part.rate))
   seqio.MixtureRegistry.add(mixture.name, rates)
