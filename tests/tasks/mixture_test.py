@@ -7,12 +7,14 @@ import dataclasses
 import itertools
 import json
 import pathlib
+import re
 
+import gin
 import numpy as np
 import pytest
 import seqio
 
-from calm_jax import alignment, data, vocabularies
+from calm_jax import alignment, data, gin_setup, vocabularies
 from calm_jax.tasks import codexglue, flores, gsm8k, mixture
 from tests import toys
 
@@ -288,17 +290,86 @@ def test_files_are_missed_before_a_run_begins(tmp_path):
 # --- gin ---------------------------------------------------------------------
 
 RUN = """
-train.make_batches = @seqio_batches
-seqio_batches.mixture_or_task_name = %MIXTURE_OR_TASK_NAME
-seqio_batches.task_feature_lengths = {'inputs': 300, 'targets': 300}
 train.model_dir = '/nowhere'
 train.anchor = @pretrained_model()
+train.make_batches = @seqio_batches
 train.train_steps = 1
 train.batch_size = 1
 pretrained_model.path = '/nowhere'
+seqio_batches.mixture_or_task_name = %MIXTURE_OR_TASK_NAME
+seqio_batches.task_feature_lengths = %TASK_FEATURE_LENGTHS
 """
-FOLDERS = {
-  'FLORES_DIRECTORY': 'flores200_dataset',
-  'GSM8K_DIRECTORY': 'gsm8k',
-  'CODEXGLUE_DIRECTORY': 'codexglue',
+FILES = {
+  'translation': {
+    'FLORES_DIRECTORY': 'flores200_dataset',
+    'SOURCE': None,
+  },
+  'math': {
+    'GSM8K_DIRECTORY': 'gsm8k',
+    'TRANSLATED_FILE': 'gsm8k_swh/train.jsonl',
+    'LANGUAGE': None,
+  },
 }
+
+
+def from_gin(tmp_path, name, *bindings):
+  """Batches as a run with the mixture's gin file would get them."""
+  (tmp_path / 'run.gin').write_text(RUN)
+  files = [str(tmp_path / 'run.gin'), f'mixtures/{name}.gin']
+  gin_setup.configure('train', gin_files=files, bindings=bindings)
+  make_batches = gin.get_configurable('seqio_batches')
+  return make_batches(batch_size=4, seed=0, vocabulary=BYTES)
+
+
+def bindings_of(name):
+  return [
+    f"{macro} = '{FIXTURES / path if path else 'swh_Latn'}'"
+    for macro, path in FILES[name].items()
+  ]
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_every_shipped_mixture_gives_batches(name, tmp_path):
+  texts = texts_of(next(from_gin(tmp_path, name, *bindings_of(name))))
+  parts = DOMAINS[f'toy_{name}'][: 1 if name == 'translation' else 2]
+  known = {
+    (row['inputs'], row['targets'])
+    for one in parts
+    for row in one.task.examples(one.split)
+  }
+  assert texts and set(texts) <= known
+  for missing in bindings_of(name):
+    rest = [one for one in bindings_of(name) if one != missing]
+    with pytest.raises(ValueError, match=f'{missing.split()[0]} is required'):
+      from_gin(tmp_path, name, *rest)
+
+
+def test_every_mixture_is_shipped_and_tested():
+  folder = FIXTURES.parent.parent.parent / 'gin' / 'mixtures'
+  assert {file.stem for file in folder.glob('*.gin')} == set(FILES)
+
+
+def test_the_part_that_a_header_proposes(tmp_path):
+  """Its lines as they stand in the file, with a path of ours."""
+  path = gin_setup.find_gin_file('mixtures/translation.gin', [])
+  proposed = [
+    line.removeprefix('#   ').replace(
+      'parallel.tsv', str(FIXTURES / 'parallel.tsv')
+    )
+    for line in path.read_text().splitlines()
+    if re.match(r'#   (own/|Mixture)', line)
+  ]
+  assert len(proposed) == 5
+  iterator = from_gin(
+    tmp_path, 'translation', *bindings_of('translation'), *proposed
+  )
+  texts = [pair for _ in range(3) for pair in texts_of(next(iterator))]
+  assert (
+    'swh_Latn: Kisima kina maji.\neng_Latn:',
+    ' The well has water.',
+  ) in texts
+
+
+def test_a_mixture_has_the_type_that_gin_checks(tmp_path):
+  with pytest.raises(ValueError, match='name = 3 has the wrong type'):
+    from_gin(tmp_path, 'translation', 'MIXTURE_OR_TASK_NAME = 3')
