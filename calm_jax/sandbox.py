@@ -331,7 +331,10 @@ def _command(settings: Sandbox, isolation: str) -> Sequence[str]:
   if os.geteuid() == 0:
     user = secrets.choice(_PASSING_USERS)
     drop += [f'--reuid={user}', f'--regid={user}', '--clear-groups']
-  inner = ('chroot', '/jail', 'setpriv', *drop, *harness)
+  # The shell goes on as the first process of the namespace. It keeps its
+  # capabilities: what has none may neither trace nor kill it.
+  inner = shlex.join(['chroot', '/jail', 'setpriv', *drop, *harness])
+  inner += '\nexit $?'
   make = _bubblewrap if isolation == 'bubblewrap' else _unshare
   return make(inner, size=settings.file_size)
 
@@ -357,8 +360,9 @@ def _shown() -> dict[str, str | None]:
   return shown
 
 
-def _bubblewrap(inner: Sequence[str], *, size: int) -> Sequence[str]:
-  command = [_tool('bwrap'), '--die-with-parent', '--cap-add', 'ALL']
+def _bubblewrap(inner: str, *, size: int) -> Sequence[str]:
+  command = [_tool('bwrap'), '--die-with-parent', '--as-pid-1']
+  command += ['--cap-add', 'ALL']
   command += [f'--unshare-{what}' for what in ('pid', 'net', 'ipc', 'uts')]
   for path, link in _shown().items():
     for folder in reversed(pathlib.Path(f'/jail{path}').parents):
@@ -373,26 +377,24 @@ def _bubblewrap(inner: Sequence[str], *, size: int) -> Sequence[str]:
   for device in _DEVICES:
     command += ['--dev-bind', device, f'/jail{device}']
   command += ['--perms', '1777', '--size', str(size), '--tmpfs', '/jail/tmp']
-  return [*command, '--remount-ro', '/', '--', *inner]
+  return [*command, '--remount-ro', '/', '--', 'sh', '-euc', inner]
 
 
-def _unshare(inner: Sequence[str], *, size: int) -> Sequence[str]:
+def _unshare(inner: str, *, size: int) -> Sequence[str]:
   # setpriv: should this very process be killed, they go with it.
   command = [_tool('setpriv'), '--pdeathsig=KILL', _tool('unshare')]
   command += ['--mount', '--pid', '--net', '--ipc', '--uts', '--fork']
   command += ['--kill-child']
   if os.geteuid() != 0:
     command += ['--user', '--map-root-user']
-  script = _script(size) + f'\n{shlex.join(inner)}\nexit $?'
-  return [*command, _tool('sh'), '-euc', script]
+  return [*command, _tool('sh'), '-euc', f'{_script(size)}\n{inner}']
 
 
 def _script(size: int) -> str:
   """Returns shell commands that build and enter the file system.
 
   It is built over /sys: a directory of every machine, of which nothing is
-  shown. The shell goes on as the first process of the namespace. It keeps its
-  capabilities, so the program can neither trace nor kill it.
+  shown.
   """
   root, jail = '/sys', '/sys/jail'
   folders = [f'{root}/old', f'{jail}/dev', f'{jail}/tmp']
