@@ -32,7 +32,8 @@ FLOORS = (
   ' models.weight_files models.export models.sizes',
   'connections cross_attention sources composition',
   'optimizers train_state batches array_batches prefetch data'
-  ' feature_converters checkpoints metrics flops assembly run_files',
+  ' seqio_texts feature_converters checkpoints metrics flops assembly'
+  ' run_files',
   'train_step decoding evaluation',
   'api evaluate infer train convert import_t5x gin_setup',
   'contrib.t5x',
@@ -74,7 +75,7 @@ WITHIN_A_FLOOR = {
   'composition': 'connections cross_attention sources',
   'checkpoints': 'train_state',
   'run_files': 'metrics',
-  'data': 'batches',
+  'data': 'batches seqio_texts',
   'array_batches': 'batches',
   'prefetch': 'batches',
   'evaluate': 'api',
@@ -95,8 +96,14 @@ DOORWAYS = {
   'gin': {'gin_setup'},
   'absl': {'gin_setup'},
   'orbax': {'checkpoints'},
-  'seqio': {'data', 'feature_converters', 'evaluation', 'contrib.t5x'},
-  'tensorflow': {'data', 'feature_converters', 'evaluation'},
+  'seqio': {
+    'data',
+    'seqio_texts',
+    'feature_converters',
+    'evaluation',
+    'contrib.t5x',
+  },
+  'tensorflow': {'data', 'seqio_texts', 'feature_converters', 'evaluation'},
   't5x': {'contrib.t5x'},
   'qwix': {'quantization'},
   'torch': set(),
@@ -153,11 +160,15 @@ def imports(file):
   return found
 
 
+def is_task(name):
+  return name.split('.')[:2] == ['calm_jax', 'tasks']
+
+
 def own_imports(file):
-  """Lists the modules of calm_jax that a file imports."""
+  """Lists the modules of calm_jax that a file imports, but for tasks."""
   ours = set()
   for name in imports(file):
-    if name.split('.')[0] != 'calm_jax':
+    if name.split('.')[0] != 'calm_jax' or is_task(name):
       continue
     parts = name.split('.')[1:]
     while parts and '.'.join(parts) not in modules():
@@ -190,6 +201,18 @@ def test_a_module_imports_from_lower_floors_only(name):
     if floors[other] == floors[name]:
       same_floor.add(other)
   assert same_floor == set(WITHIN_A_FLOOR.get(name, '').split())
+
+
+def test_tasks_stand_above_the_library():
+  """gin_setup names them, those that are plain Python only."""
+  for name, file in modules().items():
+    tasks = {one for one in imports(file) if is_task(one)}
+    assert not tasks or name == 'gin_setup', f'{name} imports {tasks}'
+  for task in filter(is_task, imports(modules()['gin_setup'])):
+    file = ROOT / 'tasks' / f'{task.split(".")[2]}.py'
+    roots = {name.split('.')[0] for name in imports(file)}
+    assert not own_imports(file), file
+    assert not {'jax', 'seqio', 'tensorflow'} & roots, file
 
 
 def test_nothing_imports_in_a_circle():
