@@ -15,11 +15,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
 
-from calm_jax import sandbox
+from calm_jax import namespaces, sandbox
 from tests import hostile
 
 ROOT = os.geteuid() == 0
@@ -200,13 +201,28 @@ def test_without_the_sandbox_it_stays(name):
 
 # --- All of them at once -----------------------------------------------------
 
-# Runs where nothing of calm_jax is installed: the module comes with its input.
 AS_SOMEBODY = """
-import json, os, sys
-settings = Sandbox(seconds={seconds}, memory=2**28, isolation={isolation!r})
-results = run_all({programs!r}, settings, workers=4)
+import json, os
+from calm_jax import sandbox
+settings = sandbox.Sandbox(
+  seconds={seconds}, memory=2**28, isolation={isolation!r}
+)
+results = sandbox.run_all({programs!r}, settings, workers=4)
 print(json.dumps([os.getuid(), [(r.passed, r.reason) for r in results]]))
 """
+
+
+@pytest.fixture
+def readable_package():
+  """The two modules where every user can read them."""
+  with tempfile.TemporaryDirectory() as folder:
+    package = pathlib.Path(folder, 'calm_jax')
+    package.mkdir()
+    for module in (namespaces, sandbox):
+      shutil.copy(module.__file__, package)
+    for path in (folder, package, *package.iterdir()):
+      os.chmod(path, 0o755)
+    yield folder
 
 
 def ordinary_user():
@@ -229,15 +245,19 @@ def ordinary_user():
 
 
 @pytest.mark.parametrize('isolation', BACKENDS)
-def test_an_ordinary_user_is_as_safe(isolation, world):
+def test_an_ordinary_user_is_as_safe(isolation, world, readable_package):
   programs = [hostile.fill(one, **world) for one in hostile.TWELVE.values()]
   command = ordinary_user()
-  source = pathlib.Path(sandbox.__file__).read_text() + AS_SOMEBODY.format(
+  source = AS_SOMEBODY.format(
     seconds=SECONDS, isolation=isolation, programs=[*programs, 'assert True']
   )
   start = time.monotonic()
   done = subprocess.run(
-    [*command, '-'], input=source, capture_output=True, text=True, cwd='/'
+    [*command, '-'],
+    input=source,
+    capture_output=True,
+    text=True,
+    cwd=readable_package,
   )
   assert done.returncode == 0, done.stderr
   user, results = json.loads(done.stdout)
@@ -312,11 +332,12 @@ def test_a_long_program(settings):
   assert sandbox.run(program + 'assert len(x9999) == 100', settings).passed
 
 
-@pytest.mark.parametrize('name', hostile.PRETENDERS)
-def test_a_program_that_pretends_does_not_pass(name, settings):
-  result = sandbox.run(hostile.PRETENDERS[name], settings)
-  assert not result.passed
-  assert 'broke' not in result.reason
+def test_no_program_that_pretends_passes(settings):
+  results = sandbox.run_all(hostile.PRETENDERS.values(), settings, workers=4)
+  outcomes = dict(zip(hostile.PRETENDERS, results, strict=True))
+  passed = [name for name, result in outcomes.items() if result.passed]
+  assert not passed
+  assert len(outcomes) == 14
 
 
 def test_a_thread_may_not_pass_while_another_goes_on(settings):
@@ -416,7 +437,7 @@ def test_without_isolation_it_refuses(isolation, monkeypatch, tmp_path, forget):
       f'#!/bin/sh\necho {tool} not permitted; exit 1'
     )
     (tmp_path / tool).chmod(0o755)
-  monkeypatch.setattr(sandbox, '_PATH', f'{tmp_path}:{sandbox._PATH}')
+  monkeypatch.setattr(namespaces, 'PATH', f'{tmp_path}:{namespaces.PATH}')
   settings = sandbox.Sandbox(isolation=isolation)
   for call in (sandbox.run, lambda p, s: sandbox.run_all([p], s)):
     with pytest.raises(ValueError, match='not permitted') as error:
@@ -427,7 +448,7 @@ def test_without_isolation_it_refuses(isolation, monkeypatch, tmp_path, forget):
 
 
 def test_a_missing_tool_is_named(monkeypatch, tmp_path, forget):
-  monkeypatch.setattr(sandbox, '_PATH', str(tmp_path))
+  monkeypatch.setattr(namespaces, 'PATH', str(tmp_path))
   monkeypatch.setenv('PATH', str(tmp_path))
   with pytest.raises(ValueError, match='there is no bwrap on this machine'):
     sandbox.run('pass', sandbox.Sandbox(isolation='bubblewrap'))
