@@ -20,10 +20,10 @@ from absl import app, flags, logging
 import gin
 from gin import config as gin_config
 
-from calm_jax import connections, optimizers, quantization, sharding
+from calm_jax import connections, optimizers, quantization, sandbox, sharding
 from calm_jax.models import config as model_config
 from calm_jax.models import layers, number_embeddings, pretrained
-from calm_jax.tasks import codexglue, flores, gsm8k
+from calm_jax.tasks import code, codexglue, flores, gsm8k
 from calm_jax.tasks import mixture as mixture_lib
 
 _INCLUDE = re.compile(r"""^include\s+['"](?P<path>[^'"]+)['"]\s*(#.*)?$""")
@@ -98,6 +98,9 @@ def register() -> None:
     'Flores': flores.Flores,
     'GSM8K': gsm8k.GSM8K,
     'MGSM': gsm8k.MGSM,
+    'HumanEval': code.HumanEval,
+    'MBPP': code.MBPP,
+    'Sandbox': sandbox.Sandbox,
     'CodeToText': codexglue.CodeToText,
     'TextFile': mixture_lib.TextFile,
     'Part': mixture_lib.Part,

@@ -6,6 +6,7 @@ Lines end in a line feed, as the tools that wrote the files meant it;
 
 from collections.abc import Iterator, Mapping
 import difflib
+import gzip
 import json
 import pathlib
 from typing import Any
@@ -17,14 +18,15 @@ def lines(
   """Yields the lines of a text file with their numbers, from 1.
 
   Args:
-    path: of a UTF-8 file; '~' is the home directory.
+    path: of a UTF-8 file, packed if it ends in .gz; '~' is the home directory.
     expected: what the file should be, and where it comes from, for errors.
 
   Raises:
     ValueError: if there is no such file, or a line is not UTF-8.
   """
   file = existing_file(path, expected=expected)
-  with file.open('rb') as stream:
+  open_file = gzip.open if file.suffix == '.gz' else open
+  with open_file(file, 'rb') as stream:
     for number, raw in enumerate(stream, start=1):
       try:
         text = raw.decode('utf-8-sig' if number == 1 else 'utf-8')
