@@ -21,7 +21,7 @@ from calm_jax import (
   vocabularies,
 )
 from calm_jax.models import pretrained
-from calm_jax.tasks import codexglue, flores, gsm8k, mixture
+from calm_jax.tasks import code, codexglue, flores, gsm8k, mixture
 from tests import tiny, toys
 from tests.tasks import mixture_test
 
@@ -57,21 +57,27 @@ def donors(tmp_path_factory):
 
 
 TASKS = {
-  'toy_translation': flores.Flores(
-    directory=str(FIXTURES / 'flores200_dataset'),
-    source='swh_Latn',
-    target='eng_Latn',
-    shots=1,
-  ),
-  'toy_math': gsm8k.GSM8K(directory=str(FIXTURES / 'gsm8k'), shots=1),
-  'toy_code': codexglue.CodeToText(
-    directory=str(FIXTURES / 'codexglue'), language='python', shots=1
-  ),
+  'toy_translation': [
+    flores.Flores(
+      directory=str(FIXTURES / 'flores200_dataset'),
+      source='swh_Latn',
+      target='eng_Latn',
+      shots=1,
+    ),
+  ],
+  'toy_math': [gsm8k.GSM8K(directory=str(FIXTURES / 'gsm8k'), shots=1)],
+  'toy_code': [
+    code.MBPP(path=str(FIXTURES / 'mbpp.jsonl'), shots=1),
+    codexglue.CodeToText(
+      directory=str(FIXTURES / 'codexglue'), language='python', shots=1
+    ),
+  ],
 }
 METRICS = {
-  'toy_translation': {'chrF1', 'chrF2', 'chrF2++'},
-  'toy_math': {'strict', 'flexible'},
-  'toy_code': {'smoothed_bleu4', 'chrF1'},
+  'Flores': {'chrF1', 'chrF2', 'chrF2++'},
+  'GSM8K': {'strict', 'flexible'},
+  'MBPP': {'pass@1'},
+  'CodeToText': {'smoothed_bleu4', 'chrF1'},
 }
 
 
@@ -87,11 +93,11 @@ def test_train_decode_and_score(name, donors, tmp_path):
     make_batches=functools.partial(
       data.seqio_batches,
       made,
-      task_feature_lengths={'inputs': 128, 'targets': 128},
+      task_feature_lengths={'inputs': 256, 'targets': 64},
     ),
     make_mesh=first_device,
     train_steps=STEPS,
-    batch_size=2,
+    batch_size=1,
     optimizer=optimizers.OptimizerConfig(learning_rate=0.03, warmup_steps=2),
     log_every=1,
     checkpoint_every=STEPS,
@@ -100,7 +106,7 @@ def test_train_decode_and_score(name, donors, tmp_path):
   losses = [json.loads(line)['train/loss'] for line in lines]
   assert len(losses) == STEPS
   # Texts of bytes: near ln 259 = 5.6 before, and then which bytes occur.
-  assert np.mean(losses[-3:]) < 0.85 * np.mean(losses[:3])
+  assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3])
 
   mesh = first_device()
   models = {
@@ -110,20 +116,25 @@ def test_train_decode_and_score(name, donors, tmp_path):
   model = calm_jax.load_composition(
     tmp_path, anchor=models['anchor'], augmenting={'code': models['code']}
   )
-  task = TASKS[name]
-  examples = task.examples(task.splits[-1])
+  for task in TASKS[name]:
+    score(model, task)
+
+
+def score(model, task):
+  """The model's answers are scored, and the references are all right."""
+  expected = METRICS[type(task).__name__]
+  examples = task.examples('devtest' if 'devtest' in task.splits else 'test')
   outputs = model.generate([e['inputs'] for e in examples], max_new_tokens=8)
   predictions = [
     [task.prediction(output, example)]
     for output, example in zip(outputs, examples, strict=True)
   ]
   measured = task.metrics(examples, predictions)
-  numbers = {k: v for k, v in measured.items() if isinstance(v, float)}
-  assert set(numbers) == METRICS[name]
-  assert all(0 <= value < 100 for value in numbers.values())
   json.dumps([examples, predictions, measured])
-  # And the references themselves, read as a model's output, are all right.
+  numbers = {k: v for k, v in measured.items() if isinstance(v, float)}
+  assert set(numbers) == expected
+  assert all(0 <= value < 100 for value in numbers.values())
   perfect = task.metrics(
     examples, [[task.prediction(e['targets'], e)] for e in examples]
   )
-  assert all(perfect[key] == pytest.approx(100) for key in METRICS[name])
+  assert all(perfect[key] == pytest.approx(100) for key in expected)

@@ -15,12 +15,12 @@ import pytest
 import seqio
 
 from calm_jax import alignment, data, gin_setup, vocabularies
-from calm_jax.tasks import codexglue, flores, gsm8k, mixture
+from calm_jax.tasks import code, codexglue, flores, gsm8k, mixture
 from tests import toys
 
 FIXTURES = pathlib.Path(__file__).parent.parent / 'fixtures' / 'tasks'
 BYTES = vocabularies.ByteVocabulary()
-LENGTHS = {'inputs': 200, 'targets': 200}
+LENGTHS = {'inputs': 300, 'targets': 300}
 
 
 def file(name, **settings):
@@ -46,13 +46,18 @@ SWAHILI = gsm8k.GSM8K(
 SUMMARIES = codexglue.CodeToText(
   directory=str(FIXTURES / 'codexglue'), language='python', shots=0
 )
+PROBLEMS = code.MBPP(path=str(FIXTURES / 'mbpp.jsonl'), shots=0)
 DOMAINS = {
   'toy_translation': [
     part(TRANSLATION, 'dev', 3.0),
     part(file('parallel.tsv', template='swh_Latn: {inputs}\n{targets}')),
   ],
   'toy_math': [part(ENGLISH, rate=3.0), part(SWAHILI)],
-  'toy_code': [part(SUMMARIES, rate=3.0), part(file('documents.jsonl'))],
+  'toy_code': [
+    part(PROBLEMS, rate=3.0),
+    part(SUMMARIES),
+    part(file('documents.jsonl')),
+  ],
 }
 
 
@@ -185,17 +190,22 @@ def texts_of(batch):
 @pytest.mark.parametrize('name', DOMAINS)
 def test_batches_hold_the_texts_at_their_rates(name):
   """In the anchor's vocabulary, with the prompt masked from the loss."""
-  first, second = (
+  parts = [
     {(row['inputs'], row['targets']) for row in one.task.examples(one.split)}
     for one in DOMAINS[name]
-  )
+  ]
+  assert sum(map(len, parts)) == len(set.union(*parts))
   iterator = batches_of(name)
   seen = []
   while len(seen) < 400:
     seen += texts_of(next(iterator))
-  assert set(seen) == first | second and not first & second
-  share = np.mean([pair in first for pair in seen])
-  assert abs(share - 0.75) < 4 * (0.75 * 0.25 / len(seen)) ** 0.5
+  assert set(seen) == set.union(*parts)
+  rates = [one.rate for one in DOMAINS[name]]
+  for part_texts, rate in zip(parts, rates, strict=True):
+    share = np.mean([pair in part_texts for pair in seen])
+    expected = rate / sum(rates)
+    noise = (expected * (1 - expected) / len(seen)) ** 0.5
+    assert abs(share - expected) < 4 * noise
 
 
 def test_resuming_and_seeds():
@@ -220,13 +230,13 @@ def test_resuming_and_seeds():
 
 
 def test_a_model_with_another_vocabulary_reads_the_texts():
-  code = toys.PieceVocabulary([chr(i) for i in range(32, 127)] + ['\n'])
+  code = toys.PieceVocabulary([chr(i) for i in range(32, 127)] + ['\n', '\t'])
   reader = alignment.Reader(BYTES, code, anchor_size=BYTES.size)
   for name in ('toy_math', 'toy_code'):
     iterator = batches_of(
       name,
       readers={'code': reader},
-      task_feature_lengths=LENGTHS | {'code': 420},
+      task_feature_lengths=LENGTHS | {'code': 620},
     )
     for batch in itertools.islice(iterator, 2):
       expected = [prompt + target for prompt, target in texts_of(batch)]
@@ -309,6 +319,11 @@ FILES = {
     'TRANSLATED_FILE': 'gsm8k_swh/train.jsonl',
     'LANGUAGE': None,
   },
+  'code': {
+    'MBPP_PATH': 'mbpp.jsonl',
+    'CODEXGLUE_DIRECTORY': 'codexglue',
+    'CODE_FILE': 'documents.jsonl',
+  },
 }
 
 
@@ -331,7 +346,7 @@ def bindings_of(name):
 @pytest.mark.parametrize('name', FILES)
 def test_every_shipped_mixture_gives_batches(name, tmp_path):
   texts = texts_of(next(from_gin(tmp_path, name, *bindings_of(name))))
-  parts = DOMAINS[f'toy_{name}'][: 1 if name == 'translation' else 2]
+  parts = DOMAINS[f'toy_{name}'][: 1 if name == 'translation' else 3]
   known = {
     (row['inputs'], row['targets'])
     for one in parts
@@ -371,5 +386,9 @@ def test_the_part_that_a_header_proposes(tmp_path):
 
 
 def test_a_mixture_has_the_type_that_gin_checks(tmp_path):
+  (tmp_path / 'run.gin').write_text(RUN)
+  bindings = ['MIXTURE_OR_TASK_NAME = 3', 'TASK_FEATURE_LENGTHS = {}']
   with pytest.raises(ValueError, match='name = 3 has the wrong type'):
-    from_gin(tmp_path, 'translation', 'MIXTURE_OR_TASK_NAME = 3')
+    gin_setup.configure(
+      'train', gin_files=[str(tmp_path / 'run.gin')], bindings=bindings
+    )
