@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import difflib
 import functools
 import random
+import re
 from typing import Any, Protocol
 
 import seqio
@@ -275,7 +276,7 @@ def _examples(
       )
   dataset = dataset.map(lambda example: {f: example[f] for f in kept})
   dataset = dataset.skip(start).ragged_batch(_EXAMPLES).prefetch(1)
-  for chunk in dataset.with_options(_options()):
+  for chunk in _values(dataset.with_options(_options())):
     rows = {f: _lists(chunk[f]) for f in features}
     if with_text:
       texts = chunk.get(_TEXT)
@@ -285,6 +286,17 @@ def _examples(
       rows.setdefault('inputs', [[]] * size)
     for values in zip(*rows.values(), strict=True):
       yield dict(zip(rows, values, strict=True))
+
+
+def _values(dataset: tf.data.Dataset) -> Iterator[Any]:
+  """Yields what a data set holds; a source's ValueErrors stay so."""
+  try:
+    yield from dataset
+  except tf.errors.InvalidArgumentError as error:
+    ours = re.search(r'ValueError: (.*)', str(error))
+    if ours is None:
+      raise
+    raise ValueError(ours[1]) from error
 
 
 def _check_lengths(

@@ -229,6 +229,32 @@ def test_resuming_and_seeds():
   assert not np.array_equal(*tokens)
 
 
+def epochs(count, *, seed=0, shuffle=True):
+  """The six texts of a task, as they come, epoch by epoch."""
+  iterator = data.seqio_batches(
+    mixture.Mixture(name='toy', parts=[part(ENGLISH)]),
+    task_feature_lengths=LENGTHS,
+    batch_size=6,
+    seed=seed,
+    pack=False,
+    shuffle=shuffle,
+    vocabulary=BYTES,
+  )
+  return [texts_of(next(iterator)) for _ in range(count)]
+
+
+def test_a_part_is_shuffled_anew_in_every_epoch(monkeypatch):
+  """And holds each text once in each, in any size of the buffer."""
+  rows = [(r['inputs'], r['targets']) for r in ENGLISH.examples('train')]
+  for buffer in (10_000, 2):
+    monkeypatch.setattr(data, '_SHUFFLED', buffer)
+    orders = epochs(4) + epochs(4, seed=1)
+    assert all(sorted(order) == sorted(rows) for order in orders)
+    assert len({tuple(order) for order in orders}) > 5
+    assert orders[:4] != orders[4:]
+  assert epochs(2, shuffle=False) == [rows, rows]
+
+
 def test_a_model_with_another_vocabulary_reads_the_texts():
   code = toys.PieceVocabulary([chr(i) for i in range(32, 127)] + ['\n', '\t'])
   reader = alignment.Reader(BYTES, code, anchor_size=BYTES.size)
@@ -295,6 +321,20 @@ def test_files_are_missed_before_a_run_begins(tmp_path):
     assert 'toy' not in seqio.MixtureRegistry.names()
   with pytest.raises(ValueError, match='give vocabulary='):
     batches_of('toy_math', vocabulary=None)
+
+
+def test_a_bad_line_deep_in_a_file_is_named(tmp_path):
+  (tmp_path / 'deep.tsv').write_text('a\tb\n' * 30 + 'bad\n')
+  task = mixture.TextFile(path=str(tmp_path / 'deep.tsv'))
+  iterator = data.seqio_batches(
+    mixture.Mixture(name='toy', parts=[part(task)]),
+    task_feature_lengths=LENGTHS,
+    batch_size=1,
+    seed=0,
+    vocabulary=BYTES,
+  )
+  with pytest.raises(ValueError, match='^.*deep.tsv, line 31: 1 columns'):
+    next(iterator)
 
 
 # --- gin ---------------------------------------------------------------------
