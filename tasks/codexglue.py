@@ -32,6 +32,7 @@ class CodeToText:
     template: of one example; {code}, {language}, and it ends in {summary}.
     max_new_tokens: of an answer.
     stop: an answer ends before the first of these.
+    eval_splits: the splits that are evaluated.
   """
 
   directory: str
@@ -41,6 +42,7 @@ class CodeToText:
   template: str = 'Code: {code}\nSummary: {summary}'
   max_new_tokens: int = 128
   stop: tuple[str, ...] = ('\n',)
+  eval_splits: tuple[str, ...] = ('test',)
   splits: ClassVar[tuple[str, ...]] = ('train', 'valid', 'test')
 
   def __post_init__(self):

@@ -30,6 +30,7 @@ class Flores:
     template: of one example; {source} is the sentence, and it ends in {target}.
     max_new_tokens: of an answer.
     stop: an answer ends before the first of these.
+    eval_splits: the splits that are evaluated.
   """
 
   directory: str
@@ -41,6 +42,7 @@ class Flores:
   template: str = '{source_name}: {source}\n{target_name}: {target}'
   max_new_tokens: int = 256
   stop: tuple[str, ...] = ('\n',)
+  eval_splits: tuple[str, ...] = ('devtest',)
   splits: ClassVar[tuple[str, ...]] = ('dev', 'devtest')
 
   def __post_init__(self):

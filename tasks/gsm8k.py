@@ -47,6 +47,7 @@ class GSM8K:
     template: of one example; {question}, and it ends in {answer}.
     max_new_tokens: of an answer.
     stop: an answer ends before the first of these.
+    eval_splits: the splits that are evaluated.
   """
 
   directory: str | None = None
@@ -59,6 +60,7 @@ class GSM8K:
   template: str = _TEMPLATE
   max_new_tokens: int = 512
   stop: tuple[str, ...] = ('\nQuestion:',)
+  eval_splits: tuple[str, ...] = ('test',)
   splits: ClassVar[tuple[str, ...]] = ('train', 'test')
 
   def __post_init__(self):
@@ -143,6 +145,7 @@ class MGSM:
     template: of one example; {question}, and it ends in {answer}.
     max_new_tokens: of an answer.
     stop: an answer ends before the first of these.
+    eval_splits: the splits that are evaluated.
   """
 
   directory: str
@@ -153,6 +156,7 @@ class MGSM:
   template: str = _TEMPLATE
   max_new_tokens: int = 512
   stop: tuple[str, ...] = ('\nQuestion:',)
+  eval_splits: tuple[str, ...] = ('test',)
   splits: ClassVar[tuple[str, ...]] = ('test',)
 
   def __post_init__(self):
