@@ -5,164 +5,167 @@ TensorFlow only prepares token ids here. Layout and packing are numpy's
 iterators have no small state to continue from.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import difflib
 import functools
-from typing import Any
+import random
+import re
+from typing import Any, Protocol
 
-import numpy as np
 import seqio
 import tensorflow as tf
 
-from calm_jax import alignment, batches, vocabularies
+from calm_jax import alignment, batches, seqio_texts, vocabularies
+from calm_jax.seqio_texts import SeqIOVocabulary
 
-# The accelerator belongs to JAX. TensorFlow would take its memory.
-tf.config.set_visible_devices([], 'GPU')
-
-_TEXTS = 1024  # How many are tokenized at once.
 _TEXT = 'inputs_pretokenized'  # What SeqIO calls the text of the inputs.
 _EXAMPLES = 128  # How many leave TensorFlow at once.
+_SHUFFLED = 10_000  # Texts in the shuffle buffer of a mixture's part.
 _THREADS = 2  # For tf.data: it must not fight the train step for the cores.
 
 
-class SeqIOVocabulary(seqio.Vocabulary):
-  """One of our vocabularies as SeqIO wants it."""
+class Part(Protocol):
+  """Examples, and their share of a mixture; see `calm_jax.tasks.mixture`."""
 
-  def __init__(self, make_vocabulary: Callable[[], vocabularies.Vocabulary]):
-    """Wraps a vocabulary that is made at its first use.
+  task: Any
+  split: str
+  rate: float
 
-    Args:
-      make_vocabulary: returns the vocabulary. A function, so that registering
-        a task costs nothing.
-    """
-    super().__init__()
-    self._make_vocabulary = make_vocabulary
 
-  @functools.cached_property
-  def vocabulary(self) -> vocabularies.Vocabulary:
-    return self._make_vocabulary()
+class Mixture(Protocol):
+  """Parts under a name; see `calm_jax.tasks.mixture`."""
 
-  @functools.cached_property
-  def fingerprint(self) -> str:
-    return self.vocabulary.fingerprint()
+  name: str
+  parts: Sequence[Part]
 
-  @property
-  def bos_id(self) -> int | None:
-    return self.vocabulary.bos_id
+
+class _PartSource(seqio.DataSource):
+  """The texts of one part, over and over; its split is 'train'."""
+
+  def __init__(self, part: Part):
+    self.part = part
+    super().__init__(splits=['train'], caching_permitted=False)
 
   @property
-  def eos_id(self) -> int | None:
-    return self.vocabulary.eos_id
+  def supports_arbitrary_sharding(self) -> bool:
+    return False
 
   @property
-  def pad_id(self) -> int:
-    return self.vocabulary.pad_id or 0
+  def performs_internal_shuffling(self) -> bool:
+    return True
 
-  @property
-  def unk_id(self) -> int | None:
-    return self.vocabulary.unk_id
+  def list_shards(self, split: str) -> list[str]:
+    return [split]
 
-  @property
-  def _base_vocab_size(self) -> int:
-    return self.vocabulary.size
+  def examples(self) -> Iterable[Mapping[str, Any]]:
+    return self.part.task.examples(self.part.split)
 
-  def _encode(self, s: str) -> list[int]:
-    return self.vocabulary.encode(s)
+  def get_dataset(
+    self, split='train', shuffle=True, seed=None, shard_info=None
+  ) -> tf.data.Dataset:
+    del split, shard_info  # There is one of each.
 
-  def _decode(self, ids: list[int]) -> str:
-    return self.vocabulary.decode(ids)
+    def stream():
+      # SeqIO would fill its buffer by repeating small data, which is slow.
+      rng = random.Random(seed or 0)
+      while True:
+        examples = self.examples()
+        yield from _shuffled(examples, rng) if shuffle else examples
 
-  @tf.autograph.experimental.do_not_convert
-  def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
-    def encode(text):
-      text = np.asarray(text, object).item()  # In a graph it is bytes already.
-      return np.array(self.vocabulary.encode(text.decode('utf-8')), np.int32)
-
-    # Stateful functions would bar checkpoints of the iterator.
-    ids = tf.numpy_function(encode, [s], tf.int32, stateful=False)
-    return tf.ensure_shape(ids, [None])
-
-  @tf.autograph.experimental.do_not_convert
-  def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
-    def decode(array):
-      rows = array.reshape(-1, array.shape[-1])
-      texts = [self.decode(row.tolist()).encode('utf-8') for row in rows]
-      return np.array(texts, object).reshape(array.shape[:-1])
-
-    texts = tf.numpy_function(decode, [ids], tf.string, stateful=False)
-    return tf.ensure_shape(texts, ids.shape[:-1])
-
-  def __eq__(self, other: object) -> bool:
-    return self is other or (
-      isinstance(other, SeqIOVocabulary)
-      and self.fingerprint == other.fingerprint
-    )
-
-  def __repr__(self) -> str:
-    return f'SeqIOVocabulary({self.fingerprint[:12]})'
+    return seqio_texts.text_dataset(stream)
 
 
-def tokenize_batched(
-  dataset: tf.data.Dataset,
-  output_features: Mapping[str, seqio.Feature],
-  copy_pretokenized: bool = True,
-  with_eos: bool = False,
-) -> tf.data.Dataset:
-  """Tokenizes like `seqio.preprocessors.tokenize`, a thousand texts at a time.
+def _shuffled(examples: Iterable[Any], rng: random.Random) -> Iterator[Any]:
+  """Yields each example once, out of a buffer that is filled before."""
+  buffer = []
+  for example in examples:
+    if len(buffer) < _SHUFFLED:
+      buffer.append(example)
+    else:
+      i = rng.randrange(_SHUFFLED)
+      yield buffer[i]
+      buffer[i] = example
+  rng.shuffle(buffer)
+  yield from buffer
+
+
+def register_mixture(
+  mixture: Mixture, vocabulary: vocabularies.Vocabulary
+) -> str:
+  """Makes SeqIO know a mixture of texts, tokenized; again is fine.
 
   Args:
-    dataset: examples with a scalar string for each output feature they have.
-    output_features: features whose vocabulary is a `SeqIOVocabulary`.
-    copy_pretokenized: whether to keep each text as `<feature>_pretokenized`.
-    with_eos: whether to append EOS where the feature has `add_eos`.
+    mixture: its tasks' examples have 'inputs', which may be empty, and
+      'targets', to which EOS is added.
+    vocabulary: of the anchor.
 
   Returns:
-    The examples with int32 ids in place of texts, and every other field.
+    The name, that of the mixture; its only split, 'train', never ends.
+
+  Raises:
+    ValueError: if the name stands for something else, or a part has no first
+      example. What its other examples are is found when they are read.
   """
-  names = [name for name in dataset.element_spec if name in output_features]
-
-  def encode_chunk(chunk):
-    kept = dict(chunk)
-    for name in names:
-      texts = kept.pop(name)
-      if copy_pretokenized:
-        kept[f'{name}_pretokenized'] = texts
-      feature = output_features[name]
-      end = [feature.vocabulary.eos_id] if with_eos and feature.add_eos else []
-      kept[name] = _encode_to_bytes(texts, feature.vocabulary, end)
-    return kept
-
-  def decode_example(example):
-    ids = {name: tf.io.decode_raw(example[name], tf.int32) for name in names}
-    return {**example, **ids}
-
-  dataset = dataset.ragged_batch(_TEXTS).map(encode_chunk)
-  return dataset.unbatch().map(decode_example)
-
-
-@tf.autograph.experimental.do_not_convert  # It made `encode` ten times slower.
-def _encode_to_bytes(
-  texts: tf.Tensor, vocabulary: SeqIOVocabulary, end: list[int]
-) -> tf.Tensor:
-  """Returns each text's ids, then `end`, as a string of int32s.
-
-  Unlike ragged rows, strings leave a batch as quickly as they enter it.
-  """
-
-  def encode(array):
-    rows = vocabulary.vocabulary.encode_batch(
-      [text.decode('utf-8') for text in array]
+  features_vocabulary = SeqIOVocabulary(lambda: vocabulary)
+  has_eos = vocabulary.eos_id is not None
+  sources = [_PartSource(part) for part in mixture.parts]
+  if _is_registered(mixture, sources, features_vocabulary):
+    return mixture.name
+  for source in sources:
+    if next(iter(source.examples()), None) is None:
+      raise ValueError(
+        f'{source.part.task.name!r}, a part of the mixture {mixture.name!r},'
+        f' has no example in its split {source.part.split!r}. Look into its'
+        ' files, or leave the part out.'
+      )
+  rates = []
+  for name, source in zip(_part_names(mixture), sources, strict=True):
+    seqio.TaskRegistry.add(
+      name,
+      source=source,
+      output_features={
+        'inputs': seqio.Feature(features_vocabulary, add_eos=False),
+        'targets': seqio.Feature(features_vocabulary, add_eos=has_eos),
+      },
+      preprocessors=[
+        functools.partial(seqio_texts.tokenize_batched, with_eos=True)
+      ],
+      shuffle_buffer_size=None,
     )
-    return np.array(
-      [np.array(row + end, np.int32).tobytes() for row in rows], object
-    )
+    rates.append((name, source.part.rate))
+  seqio.MixtureRegistry.add(mixture.name, rates)
+  return mixture.name
 
-  encoded = tf.numpy_function(encode, [texts], tf.string, stateful=False)
-  return tf.ensure_shape(encoded, texts.shape)
+
+def _part_names(mixture: Mixture) -> list[str]:
+  return [f'{mixture.name}.part{i}' for i in range(len(mixture.parts))]
+
+
+def _is_registered(
+  mixture: Mixture,
+  sources: Sequence[_PartSource],
+  vocabulary: SeqIOVocabulary,
+) -> bool:
+  """Whether it is; raises ValueError if its name stands for another thing."""
+  known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+  if mixture.name not in known:
+    return False
+  tasks = seqio.get_subtasks(seqio.get_mixture_or_task(mixture.name))
+  if {task.name for task in tasks} == set(_part_names(mixture)) and all(
+    seqio.TaskRegistry.get(name).source.part == source.part
+    and seqio.TaskRegistry.get(name).output_features['targets'].vocabulary
+    == vocabulary
+    for name, source in zip(_part_names(mixture), sources, strict=True)
+  ):
+    return True
+  raise ValueError(
+    f'SeqIO knows another task or mixture by the name {mixture.name!r}: of'
+    ' other parts, rates or vocabulary. Give this mixture another name.'
+  )
 
 
 def seqio_batches(
-  mixture_or_task_name: str,
+  mixture_or_task_name: str | Mixture,
   *,
   task_feature_lengths: Mapping[str, int],
   batch_size: int,
@@ -179,11 +182,10 @@ def seqio_batches(
 
   Every process makes the same global batches, and takes its rows of them
   (`sharding.put_batch`). To continue, the stream is made anew up to the
-  saved position: exact, without buffers to save, at the cost of tokenizing what
-  was consumed once more.
+  saved position: exact, without buffers to save, but tokenized once more.
 
   Args:
-    mixture_or_task_name: a name that SeqIO knows.
+    mixture_or_task_name: a name that SeqIO knows, or a mixture to register.
     task_feature_lengths: lengths of 'targets' and, if the task has them,
       'inputs'. Their sum is T, the slots of a row, as in T5X. And S by name of
       readers; T if not given.
@@ -204,6 +206,7 @@ def seqio_batches(
   Raises:
     ValueError: for an unknown name or split, or another vocabulary.
   """
+  mixture_or_task_name = _name_of(mixture_or_task_name, vocabulary)
   provider = _provider(mixture_or_task_name, split)
   features = [f for f in ('inputs', 'targets') if f in provider.output_features]
   readers = readers or {}
@@ -213,8 +216,8 @@ def seqio_batches(
   augmenting_lengths = dict.fromkeys(readers, sum(lengths.values())) | own
   _check_vocabulary(mixture_or_task_name, vocabulary)
   features_vocabulary = provider.output_features['targets'].vocabulary
-  drops_text = readers and isinstance(provider, seqio.Mixture)
-  keep = {'passthrough_features': [_TEXT]} if drops_text else {}
+  is_mixture = isinstance(provider, seqio.Mixture)  # It drops the text.
+  keep = {'passthrough_features': [_TEXT]} if is_mixture and readers else {}
 
   def make_examples(start: int) -> Iterator[dict[str, Any]]:
     dataset = provider.get_dataset(
@@ -244,6 +247,20 @@ def seqio_batches(
   )
 
 
+def _name_of(
+  mixture: str | Mixture, vocabulary: vocabularies.Vocabulary | None
+) -> str:
+  """Returns a name that SeqIO knows, of what may be a mixture of texts."""
+  if isinstance(mixture, str):
+    return mixture
+  if vocabulary is None:
+    raise ValueError(
+      f'The mixture {mixture.name!r} is to be tokenized as the anchor reads;'
+      ' give vocabulary=.'
+    )
+  return register_mixture(mixture, vocabulary)
+
+
 def _examples(
   dataset: tf.data.Dataset, features: list[str], start: int, *, with_text: bool
 ) -> Iterator[dict[str, Any]]:
@@ -260,7 +277,7 @@ def _examples(
       )
   dataset = dataset.map(lambda example: {f: example[f] for f in kept})
   dataset = dataset.skip(start).ragged_batch(_EXAMPLES).prefetch(1)
-  for chunk in dataset.with_options(_options()):
+  for chunk in _values(dataset.with_options(_options())):
     rows = {f: _lists(chunk[f]) for f in features}
     if with_text:
       texts = chunk.get(_TEXT)
@@ -270,6 +287,17 @@ def _examples(
       rows.setdefault('inputs', [[]] * size)
     for values in zip(*rows.values(), strict=True):
       yield dict(zip(rows, values, strict=True))
+
+
+def _values(dataset: tf.data.Dataset) -> Iterator[Any]:
+  """Yields what a data set holds; a source's ValueErrors stay so."""
+  try:
+    yield from dataset
+  except tf.errors.InvalidArgumentError as error:
+    ours = re.search(r'ValueError: (.*)', str(error))
+    if ours is None:
+      raise
+    raise ValueError(ours[1]) from error
 
 
 def _check_lengths(

@@ -26,10 +26,13 @@ from calm_jax import (
   optimizers,
   quantization,
   sampling,
+  sandbox,
   sharding,
 )
 from calm_jax.models import config as model_config
 from calm_jax.models import layers, number_embeddings, pretrained
+from calm_jax.tasks import code, codexglue, flores, gsm8k
+from calm_jax.tasks import mixture as mixture_lib
 
 _INCLUDE = re.compile(r"""^include\s+['"](?P<path>[^'"]+)['"]\s*(#.*)?$""")
 _REQUIRED = '%gin.REQUIRED'
@@ -37,7 +40,7 @@ _REQUIRED = '%gin.REQUIRED'
 
 def seqio_batches(
   *,
-  mixture_or_task_name: str,
+  mixture_or_task_name: str | mixture_lib.Mixture,
   task_feature_lengths: Mapping[str, int],
   split: str = 'train',
   pack: bool = True,
@@ -105,6 +108,16 @@ def register() -> None:
     'LayerMapping.explicit': connections.LayerMapping.explicit,
     'OptimizerConfig': optimizers.OptimizerConfig,
     'make_mesh': sharding.make_mesh,
+    'Flores': flores.Flores,
+    'GSM8K': gsm8k.GSM8K,
+    'MGSM': gsm8k.MGSM,
+    'HumanEval': code.HumanEval,
+    'MBPP': code.MBPP,
+    'Sandbox': sandbox.Sandbox,
+    'CodeToText': codexglue.CodeToText,
+    'TextFile': mixture_lib.TextFile,
+    'Part': mixture_lib.Part,
+    'Mixture': mixture_lib.Mixture,
   }
   for name, target in named.items():
     module, _, last = name.rpartition('.')

@@ -7,16 +7,12 @@ pieces. Nothing is drawn before a data set is used.
 
 from collections.abc import Callable
 import functools
-import itertools
 
 import seqio
 import tensorflow as tf
 
-from calm_jax import data, vocabularies
+from calm_jax import seqio_texts, vocabularies
 from calm_jax.tasks import key_value_generator, key_value_tables
-
-_CHUNK = 1024  # Examples that cross from Python to TensorFlow at once.
-_TEXTS = tf.TensorSpec([None], tf.string)
 
 
 class _Source(seqio.DataSource):
@@ -48,20 +44,11 @@ class _Source(seqio.DataSource):
   ) -> tf.data.Dataset:
     del shuffle, shard_info  # SeqIO shards the examples of a single shard.
 
-    def chunks():
-      examples = key_value_generator.examples(
+    return seqio_texts.text_dataset(
+      lambda: key_value_generator.examples(
         self._task, self._size, split, seed or 0
       )
-      while chunk := list(itertools.islice(examples, _CHUNK)):
-        yield {
-          field: [example[field] for example in chunk]
-          for field in ('inputs', 'targets')
-        }
-
-    signature = {'inputs': _TEXTS, 'targets': _TEXTS}
-    return tf.data.Dataset.from_generator(
-      chunks, output_signature=signature
-    ).unbatch()
+    )
 
 
 def _final_answer(text: str, **unused_kwargs) -> str:
@@ -71,7 +58,7 @@ def _final_answer(text: str, **unused_kwargs) -> str:
 def _register(
   size: str, make_vocabulary: Callable[[], vocabularies.Vocabulary], ending: str
 ) -> None:
-  vocabulary = data.SeqIOVocabulary(make_vocabulary)
+  vocabulary = seqio_texts.SeqIOVocabulary(make_vocabulary)
   for name in key_value_generator.TASKS:
     scratchpad = name == 'kv_arithmetic_scratchpad'
     seqio.TaskRegistry.add(
@@ -81,7 +68,9 @@ def _register(
         'inputs': seqio.Feature(vocabulary, add_eos=False),
         'targets': seqio.Feature(vocabulary, add_eos=True),
       },
-      preprocessors=[functools.partial(data.tokenize_batched, with_eos=True)],
+      preprocessors=[
+        functools.partial(seqio_texts.tokenize_batched, with_eos=True)
+      ],
       postprocess_fn=_final_answer if scratchpad else None,
       metric_fns=[key_value_generator.exact_match],
       shuffle_buffer_size=None,

@@ -15,6 +15,7 @@ from calm_jax import (
   batches,
   data,
   feature_converters,
+  seqio_texts,
   vocabularies,
 )
 from calm_jax.prefetch import Prefetcher
@@ -25,7 +26,7 @@ _WORDS = ('zero', 'a', 'b', 'c', 'd', 'e')
 
 
 def _vocabulary(bos_token=None):
-  return data.SeqIOVocabulary(
+  return seqio_texts.SeqIOVocabulary(
     lambda: vocabularies.word_vocabulary(_WORDS, bos_token=bos_token)
   )
 
@@ -52,7 +53,10 @@ def tasks():
     seqio.TaskRegistry.add(
       f'toy_{word}',
       source=_source(word),
-      preprocessors=[data.tokenize_batched, seqio.preprocessors.append_eos],
+      preprocessors=[
+        seqio_texts.tokenize_batched,
+        seqio.preprocessors.append_eos,
+      ],
       output_features={
         'inputs': seqio.Feature(vocabulary, add_eos=False),
         'targets': seqio.Feature(vocabulary),
@@ -121,7 +125,7 @@ def _byte_level_and_sentencepiece(directory):
   model = tokens.llama_sentencepiece()
   (directory / 'b' / 'tokenizer.model').write_bytes(model)
   return [
-    data.SeqIOVocabulary(
+    seqio_texts.SeqIOVocabulary(
       functools.partial(vocabularies.load_vocabulary, directory / name)
     )
     for name in 'ab'
@@ -138,7 +142,9 @@ def test_features_of_two_kinds_of_vocabulary(tmp_path):
   source = tf.data.Dataset.from_tensor_slices(
     {'inputs': texts, 'targets': texts[::-1]}
   )
-  tokenized = data.tokenize_batched(source, features, copy_pretokenized=False)
+  tokenized = seqio_texts.tokenize_batched(
+    source, features, copy_pretokenized=False
+  )
   tokenized = seqio.preprocessors.append_eos(tokenized, features)
   rows = list(tokenized.as_numpy_iterator())
   for row, text, target in zip(rows, texts, texts[::-1], strict=True):
@@ -161,7 +167,7 @@ def test_tokenize_batched_equals_tokenize(with_eos):
   }
   source = _source('c', count=1100).get_dataset('train', shuffle=False)
   source = source.map(lambda e: {**e, 'ragged': tf.range(e['n'] % 3)})
-  ours = data.tokenize_batched(source, features, with_eos=with_eos)
+  ours = seqio_texts.tokenize_batched(source, features, with_eos=with_eos)
   theirs = seqio.preprocessors.tokenize(source, features, with_eos=with_eos)
   assert ours.element_spec == theirs.element_spec
   count = 0

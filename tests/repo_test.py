@@ -32,7 +32,8 @@ FLOORS = (
   ' models.weight_files models.export models.sizes',
   'connections cross_attention sources composed_cache lora composition',
   'optimizers train_state batches array_batches prefetch data'
-  ' feature_converters checkpoints metrics flops assembly run_files',
+  ' seqio_texts feature_converters checkpoints metrics flops assembly'
+  ' run_files namespaces sandbox',
   'train_step sampling decoding beam_search generation scoring evaluation',
   'model run_stages api evaluate infer train convert import_t5x gin_setup',
   'contrib.t5x',
@@ -74,7 +75,8 @@ WITHIN_A_FLOOR = {
   'composition': 'composed_cache connections cross_attention lora sources',
   'checkpoints': 'train_state',
   'run_files': 'metrics',
-  'data': 'batches',
+  'sandbox': 'namespaces',
+  'data': 'batches seqio_texts',
   'array_batches': 'batches',
   'prefetch': 'batches',
   'decoding': 'sampling',
@@ -103,8 +105,8 @@ DOORWAYS = {
   'gin': {'gin_setup'},
   'absl': {'gin_setup'},
   'orbax': {'checkpoints'},
-  'seqio': {'data', 'feature_converters', 'contrib.t5x'},
-  'tensorflow': {'data', 'feature_converters'},
+  'seqio': {'data', 'seqio_texts', 'feature_converters', 'contrib.t5x'},
+  'tensorflow': {'data', 'seqio_texts', 'feature_converters'},
   't5x': {'contrib.t5x'},
   'qwix': {'quantization'},
   'torch': set(),
@@ -161,11 +163,15 @@ def imports(file):
   return found
 
 
+def is_task(name):
+  return name.split('.')[:2] == ['calm_jax', 'tasks']
+
+
 def own_imports(file):
-  """Lists the modules of calm_jax that a file imports."""
+  """Lists the modules of calm_jax that a file imports, but for tasks."""
   ours = set()
   for name in imports(file):
-    if name.split('.')[0] != 'calm_jax':
+    if name.split('.')[0] != 'calm_jax' or is_task(name):
       continue
     parts = name.split('.')[1:]
     while parts and '.'.join(parts) not in modules():
@@ -198,6 +204,18 @@ def test_a_module_imports_from_lower_floors_only(name):
     if floors[other] == floors[name]:
       same_floor.add(other)
   assert same_floor == set(WITHIN_A_FLOOR.get(name, '').split())
+
+
+def test_tasks_stand_above_the_library():
+  """gin_setup names them, those that are plain Python only."""
+  for name, file in modules().items():
+    tasks = {one for one in imports(file) if is_task(one)}
+    assert not tasks or name == 'gin_setup', f'{name} imports {tasks}'
+  for task in filter(is_task, imports(modules()['gin_setup'])):
+    file = ROOT / 'tasks' / f'{task.split(".")[2]}.py'
+    roots = {name.split('.')[0] for name in imports(file)}
+    assert own_imports(file) <= {'sandbox'}, file
+    assert not {'jax', 'seqio', 'tensorflow'} & roots, file
 
 
 def test_nothing_imports_in_a_circle():
