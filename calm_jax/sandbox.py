@@ -295,9 +295,10 @@ def _isolation(asked: str) -> str:
     'Programs written by a model cannot be isolated on this machine with'
     f' Sandbox.isolation={asked!r} ({"; ".join(problems)}). Install bubblewrap'
     ' (its command is bwrap), or util-linux, and allow user namespaces'
-    ' (user.max_user_namespaces, in a container its security profile). On a'
-    " machine that nothing depends on, Sandbox.isolation='none' runs them with"
-    ' your rights.'
+    ' (sysctl user.max_user_namespaces above 0; on Ubuntu also'
+    ' kernel.apparmor_restrict_unprivileged_userns=0; in a container its'
+    ' security profile). On a machine that nothing depends on,'
+    " Sandbox.isolation='none' runs them with your rights."
   )
 
 
