@@ -22,7 +22,9 @@ A program written against this very file could find the first half in a frame,
 read the second from the socket, and answer; one written against its tests can
 answer with an object that equals everything. Both still cannot leave the
 sandbox. Other limits: memory is limited for each process, not for all of them
-together, and the kernel is the one of the machine.
+together (`Sandbox.memory` times `Sandbox.processes` is what a program can
+take); the kernel is the one of the machine, no system call is filtered, and the
+session's keyring is inherited.
 """
 
 from collections.abc import Iterable, Sequence

@@ -414,6 +414,22 @@ for folder, _, _ in os.walk('/'):
   assert result.passed, result.output
 
 
+def test_a_mount_inside_what_is_shown_is_found(monkeypatch):
+  """A read-only bind does not reach it: unshare has to make it so itself."""
+  lines = rb"""24 1 8:1 / / rw - ext4 /dev/sda rw
+25 24 0:30 / /usr/my\040games rw,relatime shared:3 - tmpfs tmpfs rw
+26 24 0:31 / /usrlocal rw - tmpfs tmpfs rw
+27 24 0:32 / /home rw - tmpfs tmpfs rw
+"""
+  monkeypatch.setattr(pathlib.Path, 'read_bytes', lambda path: lines)
+  script = namespaces._script(size=1)
+  remounts = [line for line in script.splitlines() if 'remount' in line]
+  assert remounts == [
+    "mount -o remount,bind,ro,nosuid,nodev '/sys/jail/usr/my games'",
+    'mount -o remount,bind,ro /sys',
+  ]
+
+
 def test_files_are_limited(settings):
   program = """
 import signal
