@@ -4,9 +4,9 @@ Each program gets namespaces of its own (mounts, processes, network, IPC, host
 name; for an ordinary user also a user namespace, for root a user id that
 nobody has). It sees the Python of this process and the programs of the machine
 (/usr), read-only, an empty /tmp in memory, and nothing else: no other file, no
-/proc, no network, no environment, no capability. Processes, memory, file size and CPU
-time are limited, output is drained and capped, and when the time is over all
-that runs in the namespace is killed with its first process.
+/proc, no network, no environment, no capability. Processes, memory, file size
+and CPU time are limited, output is drained and capped, and when the time is
+over all that runs in the namespace is killed with its first process.
 
 How a program is found to have passed
 -------------------------------------
