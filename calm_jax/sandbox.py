@@ -2,11 +2,11 @@
 
 Each program gets namespaces of its own (mounts, processes, network, IPC, host
 name; for an ordinary user also a user namespace, for root a user id that
-nobody has). It sees the Python of this process with its standard library,
-read-only, an empty /tmp in memory, and nothing else: no other file, no /proc,
-no network, no environment, no capability. Processes, memory, file size and CPU
-time are limited, output is drained and capped, and when the time is over all
-that runs in the namespace is killed with its first process.
+nobody has). It sees the Python of this process and the programs of the machine
+(/usr), read-only, an empty /tmp in memory, and nothing else: no other file, no
+/proc, no network, no environment, no capability. Processes, memory, file size
+and CPU time are limited, output is drained and capped, and when the time is
+over all that runs in the namespace is killed with its first process.
 
 How a program is found to have passed
 -------------------------------------
@@ -22,7 +22,9 @@ A program written against this very file could find the first half in a frame,
 read the second from the socket, and answer; one written against its tests can
 answer with an object that equals everything. Both still cannot leave the
 sandbox. Other limits: memory is limited for each process, not for all of them
-together, and the kernel is the one of the machine.
+together (`Sandbox.memory` times `Sandbox.processes` is what a program can
+take); the kernel is the one of the machine, no system call is filtered, and the
+session's keyring is inherited.
 """
 
 from collections.abc import Iterable, Sequence
@@ -295,9 +297,10 @@ def _isolation(asked: str) -> str:
     'Programs written by a model cannot be isolated on this machine with'
     f' Sandbox.isolation={asked!r} ({"; ".join(problems)}). Install bubblewrap'
     ' (its command is bwrap), or util-linux, and allow user namespaces'
-    ' (user.max_user_namespaces, in a container its security profile). On a'
-    " machine that nothing depends on, Sandbox.isolation='none' runs them with"
-    ' your rights.'
+    ' (sysctl user.max_user_namespaces above 0; on Ubuntu also'
+    ' kernel.apparmor_restrict_unprivileged_userns=0; in a container its'
+    ' security profile). On a machine that nothing depends on,'
+    " Sandbox.isolation='none' runs them with your rights."
   )
 
 
