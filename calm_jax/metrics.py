@@ -224,6 +224,7 @@ class Log:
     rates = {
       'train/tokens_per_second': steps * self._tokens / seconds,
       'train/seconds_per_step': seconds / steps,
+      'train/flops_per_step': self._flops,
       'train/data_wait_percent': 100 * (wait_seconds - self._wait) / seconds,
     }
     if self._peak:

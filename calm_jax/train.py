@@ -172,7 +172,7 @@ def train(
       if step == first_step + 1:  # compiled: the clock starts here
         jax.block_until_ready(state.step)
         log.start(batch, feed.wait_seconds)
-      if is_due(step, log_every):
+      if step == 1 or is_due(step, log_every):
         log.write(step, measured, **feed.report())
       if is_due(step, checkpoint_every):
         log.check(step, measured)  # never save a broken state

@@ -68,6 +68,7 @@ class HumanEval:
     ks: pass@k for each of these, besides pass@1.
     sandbox: where the programs run.
     max_new_tokens: of an answer.
+    eval_splits: the splits that are evaluated.
     stop: an answer ends before the first of these: whatever comes after the
       function.
   """
@@ -77,6 +78,7 @@ class HumanEval:
   sandbox: sandbox_lib.Sandbox = sandbox_lib.Sandbox()
   max_new_tokens: int = 512
   stop: tuple[str, ...] = ('\nclass', '\ndef', '\n#', '\nif', '\nprint')
+  eval_splits: tuple[str, ...] = ('test',)
   splits: ClassVar[tuple[str, ...]] = ('test',)
 
   def __post_init__(self):
@@ -139,6 +141,7 @@ class MBPP:
     ks: pass@k for each of these, besides pass@1.
     sandbox: where the programs run.
     max_new_tokens: of an answer.
+    eval_splits: the splits that are evaluated.
     stop: an answer ends before the first of these.
   """
 
@@ -148,6 +151,7 @@ class MBPP:
   sandbox: sandbox_lib.Sandbox = sandbox_lib.Sandbox()
   max_new_tokens: int = 512
   stop: tuple[str, ...] = ('\n[DONE]', '[DONE]')
+  eval_splits: tuple[str, ...] = ('test',)
   splits: ClassVar[tuple[str, ...]] = tuple(_MBPP_SPLITS)
 
   def __post_init__(self):
