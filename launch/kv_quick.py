@@ -24,6 +24,16 @@ EVALUATION = {
   'scratchpad': 'kv_quick_evaluate_scratchpad.gin',
 }
 ANCHOR_PARTS = ('anchor', 'anchor_final')
+VANILLA = 'vanilla'
+# The paper's other columns: the gin file that makes one of an experiment, and
+# what is evaluated. A vanilla m_A is another model, and no file.
+BASELINES = {
+  'lora': ('lora', 'lora'),
+  'finetuned': ('finetuned', 'finetuned'),
+  VANILLA: (None, 'composed'),
+  'random': ('random', 'composed'),
+  'encoder': ('encoder', 'composed'),
+}
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -36,7 +46,8 @@ class Stage:
     self.log = product.parent / f'{module}.log'
     self._old_lines = 0
     folder = product.parent
-    self.name = (folder.parent if folder.name == 'eval' else folder).name
+    inside = folder.name in ('eval', 'model')
+    self.name = (folder.parent if inside else folder).name
 
   def start(self, threads: int) -> subprocess.Popen:
     shown = shlex.join(['python', *self.command[1:]])
@@ -109,7 +120,10 @@ def inputs() -> list[pathlib.Path]:
   """Returns the files of the checkout that decide what the stages make."""
   donors = ROOT.glob('tasks/donors/kv_quick/*/model.safetensors')
   settings = ROOT.glob('gin/*/kv_quick*.gin')
-  return sorted([*donors, *settings, *ROOT.glob('gin/runs/*.gin')])
+  others = [
+    ROOT.glob(f'gin/{folder}/*.gin') for folder in ('runs', 'baselines')
+  ]
+  return sorted([*donors, *settings, *itertools.chain(*others)])
 
 
 def refuse_changed(files: Iterable[pathlib.Path], out: pathlib.Path) -> None:
@@ -128,10 +142,10 @@ def refuse_changed(files: Iterable[pathlib.Path], out: pathlib.Path) -> None:
   record.write_text(contents.hexdigest())
 
 
-def gin(name: str, **macros: object) -> list[str]:
-  """Returns the flags of an experiment with some macros set."""
+def gin(*files: str, **macros: object) -> list[str]:
+  """Returns the flags of gin files with some macros set."""
   bindings = [f'--gin.{k}={v!r}' for k, v in macros.items()]
-  return [f'--gin_file=experiments/{name}', *bindings]
+  return [*(f'--gin_file={file}' for file in files), *bindings]
 
 
 def train_donors(
@@ -148,7 +162,8 @@ def train_donors(
 
   def stage(name, **macros):
     run_dir = out / 'donors' / name
-    flags = gin(f'kv_quick_donor_{name}.gin', MODEL_DIR=str(run_dir), **macros)
+    file = f'experiments/kv_quick_donor_{name}.gin'
+    flags = gin(file, MODEL_DIR=str(run_dir), **macros)
     return Stage(run_dir / 'model' / 'model.safetensors', 'train', *flags)
 
   first = [augmenting, *anchor_parts[:1]]
@@ -164,35 +179,45 @@ def train_donors(
   }
 
 
-def composition_stages(
+def stages_of(
   out: pathlib.Path,
   seed: int,
   donors: dict[str, str],
   *,
-  prefix: str = '',
+  baseline: str | None = None,
   pieces: bool = False,
 ) -> tuple[list[Stage], list[Stage]]:
-  """Returns the training and the evaluation of both formats for one seed."""
+  """Returns the training and the evaluation of both formats for one seed.
+
+  Args:
+    out: results folder.
+    seed: of what is trained.
+    donors: the macros that choose them.
+    baseline: a key of `BASELINES`, instead of the composition.
+    pieces: whether m_A has a vocabulary of its own.
+  """
   ending = '_pieces' if pieces else ''
+  file, system = BASELINES.get(baseline, (None, None))
+  prefix = f'{baseline}_' if baseline else ''
   train, evaluate = [], []
   for answer in FORMATS:
     run_dir = out / f'{prefix}{answer}_seed{seed}'
     macros = {'MODEL_DIR': str(run_dir), 'RANDOM_SEED': seed, **donors}
-    train.append(
-      Stage(
-        run_dir / 'composition.safetensors',
-        'train',
-        *gin(f'kv_quick_{answer}{ending}.gin', **macros),
-      )
-    )
-    systems = {'SYSTEMS': ('composed', 'disconnected')} if prefix else {}
-    evaluate.append(
-      Stage(
-        run_dir / 'eval' / 'results.json',
-        'evaluate',
-        *gin(EVALUATION[answer], **macros, **systems),
-      )
-    )
+    product = {
+      'lora': run_dir / 'lora.safetensors',
+      'finetuned': run_dir / 'model' / 'model.safetensors',
+    }.get(baseline, run_dir / 'composition.safetensors')
+    more = [f'baselines/{file}.gin'] if file else []
+    files = [f'experiments/kv_quick_{answer}{ending}.gin', *more]
+    train.append(Stage(product, 'train', *gin(*files, **macros)))
+    # How a run was trained is in its own files; a random m_A is in none.
+    files = [f'experiments/{EVALUATION[answer]}']
+    if baseline == 'random':
+      files += more
+    if system:
+      macros['SYSTEMS'] = (system,)
+    results = run_dir / 'eval' / 'results.json'
+    evaluate.append(Stage(results, 'evaluate', *gin(*files, **macros)))
   return train, evaluate
 
 
@@ -208,9 +233,10 @@ def main() -> None:
     help='an augmenting model with a vocabulary of its own, trained first',
   )
   parser.add_argument(
-    '--controls',
+    '--baselines',
     action='store_true',
-    help='also a random augmenting model, and connections removed',
+    help='also LoRA, full fine-tuning, and a vanilla m_A, a random one, and one'
+    ' that reads the prompt alone',
   )
   parser.add_argument(
     '--seeds', default='0', help='seeds of the composition, such as 0,1,2'
@@ -232,21 +258,27 @@ def main() -> None:
   refuse_changed(inputs(), out)
   donors = train_donors(out, augmenting, anchor_parts)
   started = time.time()
+  columns: list[str | None] = [None]
+  of_column = {None: donors}
+  if flags.baselines:
+    columns += BASELINES
+    vanilla = train_donors(out, VANILLA, ())
+    of_column[VANILLA] = {**donors, **vanilla}
   for seed in seeds:
-    train, evaluate = composition_stages(out, seed, donors, pieces=flags.pieces)
-    run(train)
-    run(evaluate)
+    for column in columns:
+      train, evaluate = stages_of(
+        out,
+        seed,
+        of_column.get(column, donors),
+        baseline=column,
+        pieces=flags.pieces,
+      )
+      run(train)
+      run(evaluate)
   print(
     f'\nTrained and evaluated in {(time.time() - started) / 60:.1f} minutes'
   )
-  if flags.controls:
-    control = {**donors, 'AUGMENTING_WEIGHTS': 'random'}
-    train, evaluate = composition_stages(
-      out, seeds[0], control, prefix='random_', pieces=flags.pieces
-    )
-    run(train)
-    run(evaluate)
-  results = report.collect(out, seeds, controls=flags.controls)
+  results = report.collect(out, seeds, baselines=list(columns[1:]))
   (out / 'results.json').write_text(json.dumps(results, indent=2) + '\n')
   table = report.markdown(results)
   (out / 'results.md').write_text(table)

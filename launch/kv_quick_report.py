@@ -12,6 +12,16 @@ matplotlib.use('Agg')
 from matplotlib import pyplot as plt
 
 SYSTEMS = {'augmenting': 'm_A', 'anchor': 'm_B', 'composed': 'm_A+B'}
+# In the order of the paper's table 5, after the anchor alone.
+COLUMNS = {
+  'anchor': 'm_B alone',
+  'finetuned': 'm_B fully fine-tuned',
+  'composed': 'CALM',
+  'vanilla': 'vanilla m_A',
+  'random': 'random m_A',
+  'encoder': 'm_A as encoder',
+  'lora': 'LoRA on m_B',
+}
 ARITHMETIC = {
   'direct': 'kv_arithmetic_quick',
   'scratchpad': 'kv_arithmetic_scratchpad_quick',
@@ -34,9 +44,9 @@ PAPER = {
 
 
 def collect(
-  out: pathlib.Path, seeds: Sequence[int], *, controls: bool
+  out: pathlib.Path, seeds: Sequence[int], *, baselines: Sequence[str]
 ) -> dict[str, Any]:
-  """Gathers exact match by format, row and system, a list over seeds."""
+  """Gathers exact match by format, row and column, a list over seeds."""
   results: dict[str, Any] = {'seeds': list(seeds), 'paper': PAPER}
   for answer, task in ARITHMETIC.items():
     runs = [_read(out / f'{answer}_seed{seed}') for seed in seeds]
@@ -47,17 +57,13 @@ def collect(
       }
       for title, row in ROWS
     }
-    if controls:
-      run = _read(out / f'random_{answer}_seed{seeds[0]}')
-      results[f'{answer}_controls'] = {
-        title: {
-          'random m_A': run['composed'][row.format(arithmetic=task)],
-          'connections removed': run['disconnected'][
-            row.format(arithmetic=task)
-          ],
-        }
-        for title, row in ROWS
-      }
+    for column in baselines:
+      runs = [_read(out / f'{column}_{answer}_seed{seed}') for seed in seeds]
+      (system,) = runs[0]
+      for title, row in ROWS:
+        results[answer][title][column] = [
+          run[system][row.format(arithmetic=task)] for run in runs
+        ]
   return results
 
 
@@ -91,21 +97,18 @@ def markdown(results: dict[str, Any]) -> str:
       ' / '.join(map(str, paper)) if paper else '',
     ]
     lines.append(f'| {" | ".join(cells)} |')
-  if 'direct_controls' in results:
-    lines += [
-      '',
-      'Controls, KV-arithmetic on held-out keys:',
-      '',
-      '| | direct | scratchpad |',
-      '|---|---|---|',
-    ]
-    title = ROWS[-1][0]
-    for control in ('random m_A', 'connections removed'):
-      cells = [
-        f'{results[f"{answer}_controls"][title][control]:.1f}'
-        for answer in ARITHMETIC
-      ]
-      lines.append(f'| {control} | {" | ".join(cells)} |')
+  for answer in ARITHMETIC:
+    columns = {
+      name: title
+      for name, title in COLUMNS.items()
+      if name in results[answer][ROWS[0][0]]
+    }
+    if len(columns) > 2:
+      heads = ' | '.join(columns.values())
+      lines += ['', f'| {answer} | {heads} |', f'|---{"|---" * len(columns)}|']
+      for title, _ in ROWS:
+        cells = [_cell(results[answer][title][name]) for name in columns]
+        lines.append(f'| {title} | {" | ".join(cells)} |')
   return '\n'.join(lines) + '\n'
 
 
@@ -154,6 +157,7 @@ def picture(
     for seed in seeds:
       lines = (out / f'{answer}_seed{seed}' / 'metrics.jsonl').read_text()
       rows = [json.loads(line) for line in lines.splitlines()]
+      rows = [row for row in rows if 'train/loss' in row]
       curves.plot(
         [row['step'] for row in rows],
         [row['train/loss'] for row in rows],

@@ -3,7 +3,7 @@
 # experiment: trains the composition of two shipped frozen models in both answer
 # formats, evaluates, and writes results.json, results.md and results.png.
 #
-#   bash launch/run.sh [--from_scratch] [--pieces] [--controls] [--seeds 0,1,2]
+#   bash launch/run.sh [--from_scratch] [--pieces] [--baselines] [--seeds 0,1,2]
 #     [--out DIR]
 #
 # A second run reuses what is finished; an interrupted one continues.

@@ -49,7 +49,7 @@ def test_donors_that_are_not_shipped_are_trained_first(
   assert not any(asked)
   asked.clear()
   macros = kv_quick.train_donors(tmp_path, 'augmenting_pieces', ())
-  assert asked == [['model']]
+  assert asked == [['augmenting_pieces']]
   assert macros == {
     'AUGMENTING_PATH': str(tmp_path / 'donors' / 'augmenting_pieces' / 'model')
   }
