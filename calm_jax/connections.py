@@ -35,11 +35,11 @@ class Connection:
 class LayerMapping:
   """A rule that places connections once the depths are known.
 
-  Made by one of `every`, `evenly_spaced`, `middle` and `explicit`; all but the
-  last apply to each augmenting model alike.
+  Made by one of `every`, `evenly_spaced`, `early`, `middle`, `late` and
+  `explicit`; all but the last apply to each augmenting model alike.
   """
 
-  kind: Literal['every', 'evenly_spaced', 'middle', 'explicit']
+  kind: Literal['every', 'evenly_spaced', 'early', 'middle', 'late', 'explicit']
   number: int = 0
   connections: tuple[Connection, ...] = ()
 
@@ -52,6 +52,16 @@ class LayerMapping:
   def evenly_spaced(cls, n: int) -> 'LayerMapping':
     """n connections, spread over both models, ending at both last blocks."""
     return cls('evenly_spaced', number=n)
+
+  @classmethod
+  def early(cls, n: int) -> 'LayerMapping':
+    """The n first blocks of both models."""
+    return cls('early', number=n)
+
+  @classmethod
+  def late(cls, n: int) -> 'LayerMapping':
+    """The n last blocks of both models."""
+    return cls('late', number=n)
 
   @classmethod
   def middle(cls, n: int) -> 'LayerMapping':
@@ -123,8 +133,13 @@ class LayerMapping:
         f' from {name!r}, and the depths ({name!r} {augmenting_depth}, anchor'
         f' {anchor_depth}) allow 1 to {shallower}.'
       )
-    if self.kind == 'middle':
-      first = (augmenting_depth - n) // 2, (anchor_depth - n) // 2
+    free = augmenting_depth - n, anchor_depth - n
+    first = {
+      'early': (0, 0),
+      'middle': (free[0] // 2, free[1] // 2),
+      'late': free,
+    }.get(self.kind)
+    if first is not None:
       return [(first[0] + k, first[1] + k) for k in range(n)]
     if self.kind == 'every':
       stride = min(self.number, augmenting_depth)

@@ -104,6 +104,8 @@ def register() -> None:
     'Connection': connections.Connection,
     'LayerMapping.every': connections.LayerMapping.every,
     'LayerMapping.evenly_spaced': connections.LayerMapping.evenly_spaced,
+    'LayerMapping.early': connections.LayerMapping.early,
+    'LayerMapping.late': connections.LayerMapping.late,
     'LayerMapping.middle': connections.LayerMapping.middle,
     'LayerMapping.explicit': connections.LayerMapping.explicit,
     'OptimizerConfig': optimizers.OptimizerConfig,

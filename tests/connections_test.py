@@ -29,6 +29,8 @@ def pairs(mapping, *, anchor, augmenting):
     (Mapping.evenly_spaced(2), 5, 5, [(1, 1), (4, 4)]),
     (Mapping.middle(2), 8, 4, [(1, 3), (2, 4)]),
     (Mapping.middle(1), 5, 5, [(2, 2)]),
+    (Mapping.early(2), 8, 4, [(0, 0), (1, 1)]),
+    (Mapping.late(2), 8, 4, [(2, 6), (3, 7)]),
   ],
 )  # fmt: skip
 def test_where_connections_land(mapping, anchor, augmenting, expected):
@@ -59,6 +61,7 @@ def test_before_block_0_has_a_name():
     (Mapping.evenly_spaced(5), ['5 connections', '1 to 4']),
     (Mapping.evenly_spaced(0), ['(0)', 'at least 1']),
     (Mapping.middle(6), ['6 connections', '1 to 4']),
+    (Mapping.late(5), ['5 connections', '1 to 4']),
     (Mapping.every(-3), ['(-3)', 'at least 1']),
   ],
 )

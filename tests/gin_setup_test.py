@@ -98,6 +98,8 @@ def test_every_shipped_experiment_builds(file, monkeypatch, tmp_path):
     )
     toys.model_directory(tmp_path, config, words=words)
     bindings += [f"AUGMENTING_PATH = '{tmp_path}'"]
+  if 'MAPPING = %gin.REQUIRED' in file.read_text():
+    bindings += ['MAPPING = @LayerMapping.late()', 'LayerMapping.late.n = 1']
   for module, name in (
     (assembly, 'load_all'),  # a composition
     (train_state, 'shardings'),  # a decoder from scratch
@@ -144,6 +146,35 @@ def test_every_baseline_is_one_file_more(format_, baseline, monkeypatch):
   is_alone = baseline in ('lora', 'finetuned')
   assert (not model.connections, not specs) == (is_alone, is_alone)
   assert (model.lora is not None) == (baseline == 'lora')
+
+
+@pytest.mark.parametrize('setting', [None, 'paper', 'no_positions'])
+@pytest.mark.parametrize('place', ['early', 'even', 'middle', 'late'])
+def test_every_ablation_is_one_file_more(place, setting, monkeypatch):
+  built = []
+
+  def keep_and_stop(*args, composition, **kwargs):
+    built.append(composition)
+    raise Reached
+
+  monkeypatch.setattr(assembly, 'build_trained', keep_and_stop)
+  settings = [f'ablations/{setting}.gin'] if setting else []
+  entry = gin_setup.configure(
+    'train',
+    gin_files=[
+      'experiments/kv_quick_ablation.gin',
+      f'ablations/{place}.gin',
+      *settings,
+    ],
+    bindings=["MODEL_DIR = '/nowhere'", 'CONNECTIONS = 3'],
+  )
+  with pytest.raises(Reached):
+    entry()
+  (composition,) = built
+  kind = {'even': 'evenly_spaced'}.get(place, place)
+  assert (composition.mapping.kind, composition.mapping.number) == (kind, 3)
+  assert (composition.norm == 'none') == (setting == 'paper')
+  assert (composition.position_encoding == 'none') == (setting is not None)
 
 
 def test_no_baseline_is_forgotten():
