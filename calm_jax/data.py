@@ -210,10 +210,9 @@ def seqio_batches(
   provider = _provider(mixture_or_task_name, split)
   features = [f for f in ('inputs', 'targets') if f in provider.output_features]
   readers = readers or {}
-  lengths = dict(task_feature_lengths)
-  _check_lengths(mixture_or_task_name, lengths, features, readers)
-  own = {name: lengths.pop(name) for name in readers if name in lengths}
-  augmenting_lengths = dict.fromkeys(readers, sum(lengths.values())) | own
+  length, augmenting_lengths = _split_lengths(
+    mixture_or_task_name, task_feature_lengths, features, readers
+  )
   _check_vocabulary(mixture_or_task_name, vocabulary)
   features_vocabulary = provider.output_features['targets'].vocabulary
   is_mixture = isinstance(provider, seqio.Mixture)  # It drops the text.
@@ -237,7 +236,7 @@ def seqio_batches(
   return batches.ExampleBatches(
     make_examples,
     batch_size=batch_size,
-    length=sum(lengths.values()),
+    length=length,
     pack=pack,
     bos_id=_bos_id(features_vocabulary),
     pad_id=features_vocabulary.pad_id,
@@ -300,12 +299,13 @@ def _values(dataset: tf.data.Dataset) -> Iterator[Any]:
     raise ValueError(ours[1]) from error
 
 
-def _check_lengths(
+def _split_lengths(
   mixture_or_task_name: str,
   lengths: Mapping[str, int],
   features: Iterable[str],
   readers: Iterable[str],
-) -> None:
+) -> tuple[int, dict[str, int]]:
+  """Returns the slots of a row, and those of each reader."""
   if not {*features} <= set(lengths) <= {*features, *readers}:
     raise ValueError(
       f'{mixture_or_task_name!r} has the features {features}, the augmenting '
@@ -313,6 +313,8 @@ def _check_lengths(
       f'task_feature_lengths names {sorted(lengths)}; give a length for each '
       'feature, and none for what is neither.'
     )
+  length = sum(lengths[name] for name in features)
+  return length, {name: lengths.get(name, length) for name in readers}
 
 
 def _check_vocabulary(
