@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from calm_jax import composition, decoding, generation, sampling
+from calm_jax.models import stacking
 from tests import tiny, toys
 
 SMALL = dataclasses.replace(tiny.ANCHOR, num_layers=2, window_pattern=(4, None))
@@ -206,3 +207,38 @@ def test_a_row_draws_the_same_beside_other_rows():
   assert rows != decode(
     COMPOSED, PROMPTS, batch_size=3, config=another, seeds=settings['seeds']
   )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'config',
+  [DRAWN, sampling.DecodingConfig(num_beams=2)],
+  ids=['drawn', 'beams'],
+)
+def test_scanned_stacks_say_the_same(config):
+  """Their caches have one axis more, and the rows are on another."""
+  scanned = tiny.composed(
+    anchor=SMALL,
+    augmenting={'code': dataclasses.replace(tiny.AUGMENTING, num_layers=1)},
+    mapping=[tiny.connection(-1, 0), tiny.connection(0, 0)],
+    stack='scan',
+  )
+  params = toys.params(COMPOSED)
+  move = functools.partial(stacking.restack, stack=np.stack)
+  params = {
+    'anchor': move(
+      params['anchor'], source=COMPOSED.anchor, target=scanned.anchor
+    ),
+    'augmenting': {
+      'code': move(
+        params['augmenting']['code'],
+        source=COMPOSED.augmenting['code'],
+        target=scanned.augmenting['code'],
+      )
+    },
+    'composition': params['composition'],
+  }
+  prompts = PROMPTS[:3]
+  settings = {'max_new_tokens': NEW, 'batch_size': 3, 'config': config}
+  found = generator(scanned)(params, prompts, **settings)
+  assert found == decode(COMPOSED, prompts, batch_size=3, config=config)
