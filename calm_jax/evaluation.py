@@ -17,6 +17,9 @@ Decode = Callable[..., list[list[Continuation]]]
 class EvalTask(Protocol):
   """A benchmark: prompts, and how what follows them is scored.
 
+  It may also have `check(num_samples)`, which raises ValueError for what would
+  keep so many samples of each prompt from being scored.
+
   Attributes:
     name: of the folder of results.
     splits: what `examples` takes.
@@ -85,6 +88,13 @@ class SeqIOTask:
       }
       for example in dataset.as_numpy_iterator()
     ]
+
+  def check(self, num_samples: int) -> None:
+    if num_samples > 1:
+      raise ValueError(
+        f'The SeqIO task {self.name!r} scores one answer to a prompt, and'
+        f' DecodingConfig.num_samples = {num_samples}. Set it to 1.'
+      )
 
   def prediction(self, output: str, example: Example) -> Any:
     return _find(self.name).postprocess_fn(
@@ -165,6 +175,8 @@ class Evaluator:
           )
         if not task.examples(split):
           raise ValueError(f'{task.name}/{split} holds no example.')
+      if hasattr(task, 'check'):
+        task.check(self.decoding.num_samples)
 
   def __call__(
     self,
@@ -212,8 +224,6 @@ class Evaluator:
       [task.prediction(one.text, example) for one in each]
       for each, example in zip(found, examples, strict=True)
     ]
-    measured = {'num_examples': len(examples)}
-    measured |= task.metrics(examples, predictions)
     place.mkdir(parents=True, exist_ok=True)
     with (place / 'predictions.jsonl').open('w', encoding='utf-8') as file:
       for example, each, read in zip(examples, found, predictions, strict=True):
@@ -224,6 +234,8 @@ class Evaluator:
           'predictions': read,
         }
         file.write(json.dumps(row, ensure_ascii=False) + '\n')
+    measured = {'num_examples': len(examples)}
+    measured |= task.metrics(examples, predictions)
     text = json.dumps(measured, indent=2)
     (place / 'metrics.json').write_text(text + '\n')
     return measured

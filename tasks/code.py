@@ -124,6 +124,11 @@ class HumanEval:
     del examples
     return _pass_rates('HumanEval', predictions, self.ks, self.sandbox)
 
+  def check(self, num_samples: int) -> None:
+    """Raises ValueError if these cannot be scored, or nothing isolated."""
+    _check_samples('HumanEval', self.ks, num_samples)
+    sandbox_lib.run_all([], self.sandbox)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MBPP:
@@ -232,10 +237,24 @@ class MBPP:
     del examples
     return _pass_rates('MBPP', predictions, self.ks, self.sandbox)
 
+  def check(self, num_samples: int) -> None:
+    """Raises ValueError if these cannot be scored, or nothing isolated."""
+    _check_samples('MBPP', self.ks, num_samples)
+    sandbox_lib.run_all([], self.sandbox)
+
 
 def _check_ks(owner: str, ks: Sequence[int]) -> None:
   if not all(k >= 1 for k in ks):
     raise ValueError(f'{owner}.ks = {tuple(ks)}: each must be at least 1.')
+
+
+def _check_samples(owner: str, ks: Sequence[int], num_samples: int) -> None:
+  if max(ks, default=1) > num_samples:
+    raise ValueError(
+      f'{owner}.ks has {max(ks)}, and a problem has {num_samples} samples:'
+      f' pass@k needs at least k of them. Draw {max(ks)} samples'
+      f' (DecodingConfig.num_samples), or lower {owner}.ks.'
+    )
 
 
 def _rows(
@@ -275,12 +294,7 @@ def _pass_rates(
 ) -> dict[str, float | str]:
   """Returns pass@k, the mean over problems in percent, for 1 and each k."""
   ks = sorted({1, *ks})
-  fewest = min(len(samples) for samples in programs)
-  if ks[-1] > fewest:
-    raise ValueError(
-      f'{owner}.ks has {ks[-1]}, and a problem has {fewest} samples: pass@k'
-      f' needs at least k of them. Draw {ks[-1]} samples, or lower {owner}.ks.'
-    )
+  _check_samples(owner, ks, min(len(samples) for samples in programs))
   flat = [program for samples in programs for program in samples]
   results = iter(sandbox_lib.run_all(flat, sandbox))
   counts = [

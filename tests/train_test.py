@@ -419,12 +419,18 @@ def test_evaluation_during_training(donors, finished, tmp_path):
     np.testing.assert_array_equal(tensor, other[name])
 
 
+class Refusing(Shout):
+  def check(self, num_samples):
+    raise ValueError(f'not {num_samples} samples')
+
+
 def test_tasks_are_checked_before_anything_is_written(donors, tmp_path):
   task = Shout()
   task.eval_splits = ('dev',)
   for tasks, message in (
     ([task], "'shout' has no split 'dev'; it has"),
     ([Shout(), Shout()], "Two tasks are called 'shout'"),
+    ([Refusing()], 'not 1 samples'),
   ):
     evaluator = evaluation.Evaluator(tasks=tasks)
     with pytest.raises(ValueError, match=message):

@@ -221,6 +221,23 @@ def test_more_k_than_samples(task):
     task.metrics(examples, [['pass'] * 2, ['pass'] * 10])
 
 
+def test_what_cannot_be_scored_is_told_before_anything_is_decoded(
+  task, monkeypatch
+):
+  task.check(1)
+  many = dataclasses.replace(task, ks=(1, 10))
+  with pytest.raises(ValueError, match='ks has 10, and a problem has 5 sample'):
+    many.check(5)
+  many.check(10)
+
+  def refuse(programs, settings):
+    raise ValueError('cannot be isolated')
+
+  monkeypatch.setattr(sandbox, 'run_all', refuse)
+  with pytest.raises(ValueError, match='cannot be isolated'):
+    task.check(1)
+
+
 def test_the_settings_of_the_sandbox_reach_it(monkeypatch):
   given = []
   monkeypatch.setattr(
