@@ -164,6 +164,7 @@ class Log:
     self.check(step, measured)
     values = {f'train/{k}': float(v) for k, v in measured.items()}
     values['train/learning_rate'] = float(self._schedule(step - 1))
+    values['train/flops_per_step'] = self._flops
     values |= self._rates(step, wait_seconds)
     if skipped_examples:
       values['train/skipped_examples'] = float(skipped_examples)
@@ -224,7 +225,6 @@ class Log:
     rates = {
       'train/tokens_per_second': steps * self._tokens / seconds,
       'train/seconds_per_step': seconds / steps,
-      'train/flops_per_step': self._flops,
       'train/data_wait_percent': 100 * (wait_seconds - self._wait) / seconds,
     }
     if self._peak:
