@@ -231,7 +231,8 @@ def read_examples(
   """Adds what each augmenting model reads to the anchor's examples.
 
   Args:
-    examples: {'inputs': ids, 'targets': ids, 'text': of the inputs}.
+    examples: {'inputs': ids, 'targets': ids, 'text': of the inputs}. Where the
+      text is None, inputs are read token by token, as targets are.
     readers: by name of the augmenting model.
     anchor: vocabulary of the anchor.
 
@@ -244,6 +245,9 @@ def read_examples(
   """
   for example in examples:
     text, targets = example['text'], example['targets']
+    if text is None:
+      yield _read_tokens(example, readers, anchor=anchor)
+      continue
     ids, anchor_ends = begin(anchor, text)
     if ids != vocabularies.with_bos(anchor, example['inputs']):
       raise ValueError(
@@ -260,3 +264,18 @@ def read_examples(
       readings[name] = tokens + more[0], visible_from + more[1]
       too_long += reader.count_too_long(targets[:-1])
     yield {**example, 'readings': readings, 'too_long': too_long}
+
+
+def _read_tokens(
+  example: Mapping, readers: Mapping[str, Reader], *, anchor: Vocabulary
+) -> dict:
+  """Does as `read_examples` with one example whose text is not known."""
+  tokens = vocabularies.with_bos(anchor, example['inputs'])
+  tokens += example['targets'][:-1]
+  return {
+    **example,
+    'readings': {
+      name: one.read_tokens(tokens) for name, one in readers.items()
+    },
+    'too_long': sum(one.count_too_long(tokens) for one in readers.values()),
+  }

@@ -36,7 +36,7 @@ FLOORS = (
   ' run_files namespaces sandbox',
   'train_step sampling decoding beam_search generation scoring evaluation',
   'model run_stages api evaluate infer train convert import_t5x gin_setup',
-  'contrib.t5x',
+  'contrib.t5x contrib.lm_eval',
 )
 # What a module may import of its own floor.
 WITHIN_A_FLOOR = {
@@ -108,6 +108,7 @@ DOORWAYS = {
   'seqio': {'data', 'seqio_texts', 'feature_converters', 'contrib.t5x'},
   'tensorflow': {'data', 'seqio_texts', 'feature_converters'},
   't5x': {'contrib.t5x'},
+  'lm_eval': {'contrib.lm_eval'},
   'qwix': {'quantization'},
   'torch': set(),
   'transformers': set(),
