@@ -4,7 +4,6 @@ Run: pytest tests/contrib_lm_eval_test.py
 """
 
 import importlib.util
-import itertools
 import json
 import os
 import sys
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 
 import calm_jax
+from calm_jax import vocabularies
 from tests import foreign, tokens
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
@@ -40,15 +40,26 @@ TEXTS = [tokens.CORPUS[0], 'a', 'Der Fluß überquert die Brücke.']
 PROMPTS = [one for one, _ in PAIRS if one] + ['Der Fluß']
 
 
-def write(directory, family, *, seed=0, **sizes):
-  """A small random Llama with a tokenizer of `family`."""
-  model = foreign.make('llama', seed=seed, vocab_size=VOCAB, **sizes)
+def write(directory, family, *, seed=0):
+  """A small random Llama that writes ASCII, with a tokenizer of `family`."""
+  model = foreign.make('llama', seed=seed, vocab_size=VOCAB)
   tokenizer, settings = tokens.FAMILIES[family]()
-  # Every id ends some text: what is random says EOS, too.
-  model.config.eos_token_id = tokenizer.token_to_id(settings['eos_token'])
-  model.generation_config.eos_token_id = model.config.eos_token_id
+  for role in ('bos', 'eos', 'pad'):  # not those of Llama
+    name = settings[f'{role}_token']
+    index = None if name is None else tokenizer.token_to_id(name)
+    for config in (model.config, model.generation_config):
+      setattr(config, f'{role}_token_id', index)
+  tokens.write(directory, tokenizer, settings)
+  vocabulary = vocabularies.load_vocabulary(directory)
+  pieces = [vocabulary.token_bytes(i) or b'' for i in range(VOCAB)]
+  unwanted = [
+    i
+    for i, piece in enumerate(pieces)
+    if i != vocabulary.eos_id and not (piece.isascii() and piece.strip())
+  ]
+  model.lm_head.weight.data[unwanted] = 0
   foreign.save(model, directory)
-  return tokens.write(directory, tokenizer, settings)
+  return directory
 
 
 @pytest.fixture(scope='module')
@@ -123,14 +134,16 @@ def test_log_likelihoods(family, directories):
   # The greedy answers of some, so that is_greedy is both.
   words = ' '.join(tokens.CORPUS[:3]).split(' ')
   prompts = [' '.join(words[i : i + 3]) for i in range(0, len(words), 2)]
+  prompts = [one.rstrip() for one in prompts if one.strip()]
   greedy = reference.generate_until(
     requests('generate_until', *((one, {'max_gen_toks': 1}) for one in prompts))
   )
+  count = lambda text: len(reference.tok_encode(text))
   answers = [
-    (one, f'{space}{answer}')
+    (one, space + answer)
     for one, answer in zip(prompts, greedy, strict=True)
     for space in ('', ' ')
-    if answer.isascii() and answer
+    if count(one + space + answer) > count(one)
   ]
   pairs = requests('loglikelihood', *PAIRS, *answers)
   expected = reference.loglikelihood(pairs)
@@ -162,23 +175,113 @@ def test_whole_texts(family, directories):
 @pytest.mark.slow
 @pytest.mark.parametrize('family', FAMILIES)
 def test_greedy_answers(family, directories):
-  """Of several lengths, and up to stop strings."""
+  """Token for token; and as texts, up to stop strings."""
+  import torch
+
   reference, lm = theirs(directories[family]), ours(directories[family])
-  free = requests(
-    'generate_until',
-    *((one, {'until': [], 'max_gen_toks': 12}) for one in PROMPTS),
-  )
-  answers = reference.generate_until(free)
-  assert lm.generate_until(free) == answers
-  assert len(set(answers)) > 1
-  # Each is cut at a text from its middle; the settings differ by request.
-  stopped = requests(
-    'generate_until',
-    *(
-      (one, {'until': [answer[5:7], 'never'], 'max_gen_toks': 8 + 4 * (i % 2)})
-      for i, (one, answer) in enumerate(zip(PROMPTS, answers, strict=True))
+  ends = lm.model.vocabulary.eos_ids
+  found = lm.model.decode(PROMPTS, max_new_tokens=12)
+  for prompt, (one,) in zip(PROMPTS, found, strict=True):
+    read = reference.tok_encode(prompt)
+    (ids,) = reference.model.generate(
+      torch.tensor([read]), max_new_tokens=12, do_sample=False
+    ).tolist()
+    assert one.tokens == [x for x in ids[len(read) :] if x not in ends]
+  # Two groups of settings; then each is cut at a text from its middle.
+  most = [8 + 4 * (i % 2) for i in range(len(PROMPTS))]
+  how = [{'until': [], 'max_gen_toks': n} for n in most]
+  free = requests('generate_until', *zip(PROMPTS, how, strict=True))
+  answers = lm.generate_until(free)
+  assert answers == reference.generate_until(free)
+  how = [
+    {'until': [text[3:5], 'never'], 'max_gen_toks': n}
+    for text, n in zip(answers, most, strict=True)
+  ]
+  stopped = requests('generate_until', *zip(PROMPTS, how, strict=True))
+  cut = lm.generate_until(stopped)
+  assert cut == reference.generate_until(stopped)
+  assert sum(map(len, cut)) < sum(map(len, answers)) / 2
+
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {file}}}
+test_split: train
+doc_to_text: question
+"""
+CHOICE = """
+output_type: multiple_choice
+doc_to_choice: choices
+doc_to_target: gold
+metric_list: [{metric: acc}]
+"""
+ANSWER = """
+output_type: generate_until
+doc_to_target: answer
+generation_kwargs: {until: ["\\n"], max_gen_toks: 6}
+metric_list: [{metric: exact_match}]
+"""
+PERPLEXITY = """
+output_type: loglikelihood_rolling
+doc_to_target: question
+metric_list: [{metric: bits_per_byte}]
+"""
+
+
+@needs_lm_eval
+@pytest.mark.convert
+@pytest.mark.slow
+def test_tasks_on_a_composed_model(directories, tmp_path, monkeypatch):
+  """Its figures are what the model says of each document."""
+  monkeypatch.setenv('HF_HOME', str(tmp_path / 'hf'))
+  import lm_eval
+  from lm_eval import tasks
+
+  model = composed(directories)
+  wholes = [one for one in PROMPTS if one == one.rstrip()]
+  said = model.decode(wholes, max_new_tokens=6, stop=['\n'])
+  docs = [
+    {
+      'question': one,
+      'choices': ['lazy', 'dog is', '12'],
+      'gold': i % 3,
+      'answer': answer.text if i % 2 else 'nothing of that',
+    }
+    for i, (one, (answer,)) in enumerate(zip(wholes, said, strict=True))
+  ]
+  file = tmp_path / 'docs.jsonl'
+  file.write_text('\n'.join(map(json.dumps, docs)))
+  kinds = {'choice': CHOICE, 'answer': ANSWER, 'perplexity': PERPLEXITY}
+  for name, text in kinds.items():
+    head = TASK.format(name=f'toy_{name}', file=file)
+    (tmp_path / f'{name}.yaml').write_text(head + text)
+  results = lm_eval.simple_evaluate(
+    ours(model),
+    tasks=[f'toy_{name}' for name in kinds],
+    task_manager=tasks.TaskManager(
+      include_path=str(tmp_path), include_defaults=False
     ),
+    bootstrap_iters=0,
+  )['results']
+  chosen = []
+  for doc in docs:
+    scores = model.score(
+      [doc['question']] * 3, [f' {one}' for one in doc['choices']]
+    )
+    chosen.append(np.argmax([one.log_likelihood for one in scores]))
+  right = [one == doc['gold'] for one, doc in zip(chosen, docs, strict=True)]
+  assert results['toy_choice']['acc,none'] == np.mean(right)
+  assert 0 < np.mean(right) < 1
+  half = len(docs) // 2 / len(docs)
+  assert results['toy_answer']['exact_match,none'] == half
+  total = sum(
+    model.score([[model.vocabulary.eos_id]], [one])[0].log_likelihood
+    for one in wholes
   )
-  expected = reference.generate_until(stopped)
-  assert lm.generate_until(stopped) == expected
-  assert sum(map(len, expected)) < sum(map(len, answers))
+  size = sum(len(one.encode()) for one in wholes)
+  np.testing.assert_allclose(
+    results['toy_perplexity']['bits_per_byte,none'],
+    -total / size / np.log(2),
+    rtol=1e-5,
+  )
