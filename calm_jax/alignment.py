@@ -140,6 +140,7 @@ class Reader:
   """How one augmenting model reads the anchor's examples.
 
   Attributes:
+    vocabulary: of the augmenting model.
     transcript: of the anchor's tokens; None for an encoder, which never sees
       them.
   """
@@ -163,7 +164,7 @@ class Reader:
         prompt alone, as an encoder.
       most: how many of its tokens one token of the anchor may be.
     """
-    self._augmenting = augmenting
+    self.vocabulary = augmenting
     self.transcript = None
     if reads_targets:
       self.transcript = transcribe(
@@ -179,10 +180,10 @@ class Reader:
         tokens, as `begin` gives them.
     """
     last = max(len(anchor_ends) - 1, 0)
-    ids, ends = begin(self._augmenting, text)
+    ids, ends = begin(self.vocabulary, text)
     if self.transcript is None:  # an encoder knows nothing before it knows all
-      if self._augmenting.ends_with_eos:
-        ids = [*ids, self._augmenting.eos_id]
+      if self.vocabulary.ends_with_eos:
+        ids = [*ids, self.vocabulary.eos_id]
       return ids, [last] * len(ids)
     covered = np.searchsorted(anchor_ends, ends)
     return ids, np.minimum(covered, last).tolist()
@@ -210,7 +211,7 @@ class Reader:
         ' anchor. Use generate, or a batch with its tokens.'
       )
     ids, visible_from = self.read_targets(tokens, start=0)
-    bos = self._augmenting.bos_id
+    bos = self.vocabulary.bos_id
     if bos is not None and ids[:1] != [bos]:
       return [bos, *ids], [0, *visible_from]
     return ids, visible_from
