@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import calm_jax
-from calm_jax import vocabularies
-from tests import foreign, tokens
+from calm_jax import generation, sampling, vocabularies
+from tests import foreign, tiny, tokens, toys
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('HF_DATASETS_OFFLINE', '1')
@@ -285,3 +285,118 @@ def test_tasks_on_a_composed_model(directories, tmp_path, monkeypatch):
     -total / size / np.log(2),
     rtol=1e-5,
   )
+
+
+@pytest.fixture(scope='module')
+def toy(tmp_path_factory):
+  """A model of words, with BOS."""
+  directory = tmp_path_factory.mktemp('toy')
+  words = toys.vocabulary(tiny.VOCAB, bos_token='<s>')
+  toys.model_directory(directory, tiny.AUGMENTING, words=words)
+  return calm_jax.load_pretrained(directory)
+
+
+@needs_lm_eval
+def test_long_contexts_are_cut_on_the_left(toy):
+  lm = ours(toy, max_length=6)
+  pairs = requests(
+    'loglikelihood', ('a1 a2 a3 a4 a5', ' a6 a7'), ('a4 a5', ' a6')
+  )
+  with pytest.warns(UserWarning, match='1 of 2 contexts were cut'):
+    found = lm.loglikelihood(pairs)
+  # BOS, four words, and a6: all that is read.
+  kept = toy.score(['a2 a3 a4 a5', 'a4 a5'], ['a6 a7', 'a6'])
+  np.testing.assert_allclose(
+    [one for one, _ in found], [one.log_likelihood for one in kept], rtol=1e-5
+  )
+  (whole,) = toy.score(['a1 a2 a3 a4 a5'], ['a6 a7'])
+  assert abs(found[0][0] - whole.log_likelihood) > 1e-3
+  answers = requests('generate_until', ('a1 a2 a3 a4', {'max_gen_toks': 3}))
+  with pytest.warns(UserWarning, match='1 of 1 contexts were cut'):
+    text = lm.generate_until(answers)
+  assert text == [
+    one.strip() for one in toy.generate(['a3 a4'], max_new_tokens=3)
+  ]
+  with pytest.raises(ValueError, match='max_length = 6 has no room for 7'):
+    lm.generate_until(requests('generate_until', ('a1', {'max_gen_toks': 7})))
+
+
+@needs_lm_eval
+def test_windows_of_a_model_with_bos(toy):
+  """Each begins with BOS, reads one token again, and has six tokens."""
+  words = [f'a{i}' for i in range(12)]
+  (found,) = ours(toy, max_length=6).loglikelihood_rolling(
+    requests('loglikelihood_rolling', (' '.join(words),))
+  )
+  # The last window holds as much as it can, and predicts the last two.
+  windows = [
+    ([], words[:5]),
+    (words[4:5], words[5:10]),
+    (words[6:10], words[10:]),
+  ]
+  scores = toy.score(
+    [' '.join(context) for context, _ in windows],
+    [' '.join(predicted) for _, predicted in windows],
+  )
+  expected = sum(one.log_likelihood for one in scores)
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@needs_lm_eval
+def test_how_answers_are_chosen(toy):
+  lm = ours(toy, max_gen_toks=5)
+  draw = {'do_sample': True, 'temperature': 1.0, 'top_k': 20, 'top_p': 0.95}
+  plans = [
+    ({'until': 'a'}, ['a'], 5, {}),
+    ({'until': ['', 'b'], 'max_new_tokens': 3}, ['b'], 3, {}),
+    ({'do_sample': False, 'temperature': 0.7, 'top_p': 0.9}, [], 5, {}),
+    ({'do_sample': True, 'temperature': 0.0}, [], 5, {}),
+    ({'do_sample': True}, [], 5, {'temperature': 1.0}),
+    ({'temperature': 0.5, 'top_k': 0}, [], 5, {'temperature': 0.5}),
+    ({'num_beams': 2}, [], 5, {'num_beams': 2}),
+    (draw, [], 5, {k: v for k, v in draw.items() if k != 'do_sample'}),
+  ]
+  for how, *expected, fields in plans:
+    expected = (*expected, sampling.DecodingConfig(**fields))
+    assert lm._plan(how) == expected, how
+  # A task that repeats a context wants another answer each time.
+  repeated = requests('generate_until', *[('a1 a2', draw)] * 4)
+  drawn = lm.generate_until(repeated)
+  assert len(set(drawn)) > 1
+  assert lm.generate_until(repeated) == drawn
+  bad = requests('generate_until', ('a1', {'typical_p': 0.2, 'until': []}))
+  with pytest.raises(ValueError, match=r"arguments \['typical_p'\]"):
+    lm.generate_until(bad)
+
+
+@needs_lm_eval
+def test_answers_end_at_special_tokens(toy):
+  """One that is a stop string has no text, so it is found among the ids."""
+  lm, words = ours(toy), toy.vocabulary
+  tokens = [3, 4, words.pad_id, 5]
+  one = generation.Continuation(' a3 a4 a5', tokens, False)
+  assert lm._text(one, ['<pad>']) == 'a3 a4'
+  assert lm._text(one, ['a9']) == 'a3 a4 a5'
+
+
+@needs_lm_eval
+def test_continuations_without_a_token_are_named(toy):
+  with pytest.raises(ValueError, match="continuation ' ' of 'a1 a2'"):
+    ours(toy).loglikelihood(requests('loglikelihood', ('a1 a2', ' ')))
+
+
+@needs_lm_eval
+def test_an_answer_that_has_begun(toy, monkeypatch):
+  """What the model goes on with is the end of the text."""
+  template = (
+    '{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}'
+    '{% if add_generation_prompt %}<assistant>{% endif %}'
+  )
+  monkeypatch.setattr(toy.vocabulary, 'chat_templates', {'default': template})
+  lm = ours(toy)
+  chat = [{'role': 'user', 'content': 'Why?'}]
+  assert lm.chat_template(True) == template
+  assert lm.apply_chat_template(chat) == '<user>Why?</><assistant>'
+  chat += [{'role': 'assistant', 'content': 'Because '}]
+  text = lm.apply_chat_template(chat, add_generation_prompt=False)
+  assert text == '<user>Why?</><assistant>Because'
