@@ -8,6 +8,7 @@ import json
 import os
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -279,6 +280,12 @@ def test_tasks_on_a_composed_model(directories, tmp_path, monkeypatch):
     model.score([[model.vocabulary.eos_id]], [one])[0].log_likelihood
     for one in wholes
   )
+  # The same by another way: the logits of the whole text.
+  ids = [model.vocabulary.eos_id, *model.vocabulary.encode(wholes[0])]
+  chances_TV = jax.nn.log_softmax(model.logits([ids[:-1]])[0])
+  (one,) = model.score([ids[:1]], [ids[1:]])
+  expected = chances_TV[np.arange(len(ids) - 1), ids[1:]].sum()
+  np.testing.assert_allclose(one.log_likelihood, expected, rtol=1e-5)
   size = sum(len(one.encode()) for one in wholes)
   np.testing.assert_allclose(
     results['toy_perplexity']['bits_per_byte,none'],
@@ -376,7 +383,8 @@ def test_answers_end_at_special_tokens(toy):
   tokens = [3, 4, words.pad_id, 5]
   one = generation.Continuation(' a3 a4 a5', tokens, False)
   assert lm._text(one, ['<pad>']) == 'a3 a4'
-  assert lm._text(one, ['a9']) == 'a3 a4 a5'
+  # Words beside it, unknown ones, and what is no token at all.
+  assert lm._text(one, ['a9', 'b', '\n']) == 'a3 a4 a5'
 
 
 @needs_lm_eval

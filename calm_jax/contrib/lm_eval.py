@@ -272,7 +272,7 @@ class CalmLM(LM):
     """
     vocabulary, text = self._vocabulary, one.text
     ids = [vocabulary.encode(word) for word in stop]
-    ends = {i for i, *more in ids if not more and i != vocabulary.unk_id}
+    ends = {row[0] for row in ids if len(row) == 1} - {vocabulary.unk_id}
     ends = {i for i in ends if vocabulary.token_bytes(i) is None}
     tokens = list(itertools.takewhile(lambda i: i not in ends, one.tokens))
     if len(tokens) < len(one.tokens):
