@@ -12,7 +12,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOK = ROOT / 'docs' / 'quickstart.ipynb'
-STEPS = 120
+STEPS = 250
 TELL = """
 import json
 print(json.dumps({
@@ -66,8 +66,7 @@ def test_it_runs_and_learns(tmp_path):
     begins(text) == begins(wanted)
     for text, wanted in zip(told['after'], told['wanted'], strict=True)
   ]
-  print(told['losses'][-1], sum(digits), sum(right), len(right))
-  assert sum(right) > 0.1 * len(right)
+  assert sum(right) > 0.2 * len(right)
   images = [
     one for one in outputs(notebook.cells) if 'image/png' in one.get('data', {})
   ]
