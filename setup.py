@@ -56,9 +56,13 @@ setuptools.setup(
   extras_require={
     'tpu': ['jax[tpu]'],
     'gpu': ['jax[cuda12]'],
-    # torch and transformers are what the models are compared with.
+    # torch, transformers and accelerate are what the models are compared with.
     'test': [
+      'accelerate',
       'build',
+      'ipykernel',  # docs/quickstart.ipynb is run
+      'lm_eval',
+      'nbclient',
       'pytest',
       'pytest-xdist',
       'qwix',
@@ -67,6 +71,7 @@ setuptools.setup(
       'transformers',
     ],
     'hub': ['huggingface_hub'],  # load_pretrained('owner/name')
+    'lm_eval': ['lm_eval'],  # calm_jax.contrib.lm_eval
     'quantized': ['qwix'],  # QuantizationConfig
     # T5X, airio and jestimator are not on PyPI; these are what they need.
     't5x': [

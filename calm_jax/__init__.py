@@ -6,6 +6,7 @@ __version__ = '0.1.0'
 
 _PUBLIC = {
   'Model': 'model',
+  'attention_map': 'attention_maps',
   'compose': 'api',
   'load_composition': 'api',
   'load_lora': 'api',

@@ -140,6 +140,7 @@ class Reader:
   """How one augmenting model reads the anchor's examples.
 
   Attributes:
+    vocabulary: of the augmenting model.
     transcript: of the anchor's tokens; None for an encoder, which never sees
       them.
   """
@@ -163,7 +164,7 @@ class Reader:
         prompt alone, as an encoder.
       most: how many of its tokens one token of the anchor may be.
     """
-    self._augmenting = augmenting
+    self.vocabulary = augmenting
     self.transcript = None
     if reads_targets:
       self.transcript = transcribe(
@@ -179,10 +180,10 @@ class Reader:
         tokens, as `begin` gives them.
     """
     last = max(len(anchor_ends) - 1, 0)
-    ids, ends = begin(self._augmenting, text)
+    ids, ends = begin(self.vocabulary, text)
     if self.transcript is None:  # an encoder knows nothing before it knows all
-      if self._augmenting.ends_with_eos:
-        ids = [*ids, self._augmenting.eos_id]
+      if self.vocabulary.ends_with_eos:
+        ids = [*ids, self.vocabulary.eos_id]
       return ids, [last] * len(ids)
     covered = np.searchsorted(anchor_ends, ends)
     return ids, np.minimum(covered, last).tolist()
@@ -210,7 +211,7 @@ class Reader:
         ' anchor. Use generate, or a batch with its tokens.'
       )
     ids, visible_from = self.read_targets(tokens, start=0)
-    bos = self._augmenting.bos_id
+    bos = self.vocabulary.bos_id
     if bos is not None and ids[:1] != [bos]:
       return [bos, *ids], [0, *visible_from]
     return ids, visible_from
@@ -231,7 +232,8 @@ def read_examples(
   """Adds what each augmenting model reads to the anchor's examples.
 
   Args:
-    examples: {'inputs': ids, 'targets': ids, 'text': of the inputs}.
+    examples: {'inputs': ids, 'targets': ids, 'text': of the inputs}. Where the
+      text is None, inputs are read token by token, as targets are.
     readers: by name of the augmenting model.
     anchor: vocabulary of the anchor.
 
@@ -244,6 +246,9 @@ def read_examples(
   """
   for example in examples:
     text, targets = example['text'], example['targets']
+    if text is None:
+      yield _read_tokens(example, readers, anchor=anchor)
+      continue
     ids, anchor_ends = begin(anchor, text)
     if ids != vocabularies.with_bos(anchor, example['inputs']):
       raise ValueError(
@@ -260,3 +265,18 @@ def read_examples(
       readings[name] = tokens + more[0], visible_from + more[1]
       too_long += reader.count_too_long(targets[:-1])
     yield {**example, 'readings': readings, 'too_long': too_long}
+
+
+def _read_tokens(
+  example: Mapping, readers: Mapping[str, Reader], *, anchor: Vocabulary
+) -> dict:
+  """Does as `read_examples` with one example whose text is not known."""
+  tokens = vocabularies.with_bos(anchor, example['inputs'])
+  tokens += example['targets'][:-1]
+  return {
+    **example,
+    'readings': {
+      name: one.read_tokens(tokens) for name, one in readers.items()
+    },
+    'too_long': sum(one.count_too_long(tokens) for one in readers.values()),
+  }

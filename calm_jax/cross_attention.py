@@ -71,19 +71,41 @@ class CrossAttention(nn.Module):
     mask_BTS: Array,
   ) -> Array:
     """Returns what is added to the anchor's residual stream, [B, T, D]."""
-    if self.config.norm == 'rms':
-      query_BTD = self.query_norm(query_BTD)
-    query_BTNH = self._turn(self._heads(self.query(query_BTD)), positions_BT)
-    out_BTNH = attention.attend(
-      query_BTNH,
-      source.key,
-      source.value,
-      mask_BTS,
-      scale=query_BTNH.shape[-1] ** -0.5,
+    query_BTD = self._norm_query(query_BTD)
+    out_BTNH = self._read_by(
+      query_BTD, source, positions_BT=positions_BT, mask_BTS=mask_BTS
     )
     if self.config.gate == 'sigmoid':
       out_BTNH *= nn.sigmoid(self.gate(query_BTD))[..., None]
     return self.out(out_BTNH.reshape(query_BTD.shape))
+
+  def weights(
+    self,
+    query_BTD: Array,
+    source: attention.KVCache,
+    *,
+    positions_BT: Array,
+    mask_BTS: Array,
+  ) -> tuple[Array, Array | None]:
+    """Returns what `attend` weighs the source with, to be looked at.
+
+    Returns:
+      Weights [B, T, N, S], float32: where there is nothing to read, zeros; and
+      gates [B, T, N], or None if there are none.
+    """
+    query_BTD = self._norm_query(query_BTD)
+    B, S, N = source.key.shape[:3]
+    # Whoever reads the identity matrix gets the weights.
+    identity_BSNS = jnp.broadcast_to(jnp.eye(S)[None, :, None], (B, S, N, S))
+    weights_BTNS = self._read_by(
+      query_BTD,
+      source.replace(value=identity_BSNS),
+      positions_BT=positions_BT,
+      mask_BTS=mask_BTS,
+    )
+    if self.config.gate == 'none':
+      return weights_BTNS, None
+    return weights_BTNS, nn.sigmoid(self.gate(query_BTD))
 
   def __call__(self, query_BTD: Array, source_BSE: Array) -> Array:
     """Attends without mask at positions 0; touches every parameter."""
@@ -94,6 +116,28 @@ class CrossAttention(nn.Module):
       source,
       positions_BT=jnp.zeros((B, T), jnp.int32),
       mask_BTS=jnp.ones((B, T, S), bool),
+    )
+
+  def _norm_query(self, query_BTD: Array) -> Array:
+    rms = self.config.norm == 'rms'
+    return self.query_norm(query_BTD) if rms else query_BTD
+
+  def _read_by(
+    self,
+    query_BTD: Array,
+    source: attention.KVCache,
+    *,
+    positions_BT: Array,
+    mask_BTS: Array,
+  ) -> Array:
+    """Returns what each head reads for normalised queries, [B, T, N, H]."""
+    query_BTNH = self._turn(self._heads(self.query(query_BTD)), positions_BT)
+    return attention.attend(
+      query_BTNH,
+      source.key,
+      source.value,
+      mask_BTS,
+      scale=query_BTNH.shape[-1] ** -0.5,
     )
 
   def _heads(self, x_BTD: Array) -> Array:

@@ -78,6 +78,7 @@ def register() -> None:
     evaluation,
     import_t5x,
     infer,
+    report,
     train,
   )
 
@@ -85,6 +86,7 @@ def register() -> None:
     'train': train.train,
     'evaluate': evaluate.evaluate,
     'infer': infer.infer,
+    'report': report.report,
     'import_t5x': import_t5x.import_t5x,
     'convert': convert.convert,
     'seqio_batches': seqio_batches,
@@ -140,7 +142,7 @@ def configure(
   """Parses gin files and returns the configured entry function.
 
   Args:
-    entry: 'train', 'evaluate', 'infer', 'convert' or 'import_t5x'.
+    entry: 'train', 'evaluate', 'infer', 'report', 'convert' or 'import_t5x'.
     gin_files: paths, sought as given, in `search_paths`, then in the package.
     bindings: 'NAME = value' statements, applied last.
     search_paths: folders.

@@ -187,7 +187,7 @@ class Model:
 
   def score(
     self,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     targets: Sequence[str | Sequence[int]],
     *,
     batch_size: int | None = None,
@@ -195,20 +195,26 @@ class Model:
     """Returns how likely the model finds each target after its prompt.
 
     Args:
-      prompts: texts; an empty one is BOS alone.
+      prompts: texts, an empty one is BOS alone; or ids, which a model with a
+        vocabulary of its own reads as it reads generated tokens.
       targets: texts, encoded apart from the prompts as in training, and without
         EOS; or ids.
       batch_size: rows at once; at most 64 if None.
     """
     self._check_speaks()
-    inputs = self.vocabulary.encode_batch(list(prompts))
+    texts = [one if isinstance(one, str) else None for one in prompts]
+    encoded = self.vocabulary.encode_batch([text or '' for text in texts])
     examples = []
-    for prompt, ids, target in zip(prompts, inputs, targets, strict=True):
+    for prompt, text, ids, target in zip(
+      prompts, texts, encoded, targets, strict=True
+    ):
       if isinstance(target, str):
         target = self.vocabulary.encode(target)
-      ids = vocabularies.with_bos(self.vocabulary, ids)
+      ids = vocabularies.with_bos(
+        self.vocabulary, prompt if text is None else ids
+      )
       self._check_ids([*ids, *target], what=f'The prompt {prompt[:60]!r}')
-      examples.append({'inputs': ids, 'targets': list(target), 'text': prompt})
+      examples.append({'inputs': ids, 'targets': list(target), 'text': text})
     return self._scorer(self.params, examples, batch_size=batch_size)
 
   def _read(

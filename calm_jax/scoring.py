@@ -55,7 +55,7 @@ class Scorer:
 
     Args:
       params: of the model.
-      examples: {'inputs': ids, 'targets': ids, 'text': of the inputs}.
+      examples: {'inputs': ids, 'targets': ids, 'text': of the inputs, or None}.
       batch_size: rows at once; at most `generation.BATCH` if None.
     """
     for number, example in enumerate(examples):

@@ -35,8 +35,10 @@ FLOORS = (
   ' seqio_texts feature_converters checkpoints metrics flops assembly'
   ' run_files namespaces sandbox',
   'train_step sampling decoding beam_search generation scoring evaluation',
-  'model run_stages api evaluate infer train convert import_t5x gin_setup',
-  'contrib.t5x',
+  'model run_stages api attention_maps evaluate infer train convert import_t5x'
+  ' reporting.runs reporting.scores reporting.pictures reporting.page'
+  ' reporting.sections report gin_setup',
+  'contrib.t5x contrib.lm_eval',
 )
 # What a module may import of its own floor.
 WITHIN_A_FLOOR = {
@@ -90,13 +92,22 @@ WITHIN_A_FLOOR = {
   'evaluate': 'api model',
   'infer': 'evaluate model',
   'import_t5x': 'model',
-  'gin_setup': 'convert evaluate import_t5x infer train',
+  'attention_maps': 'model',
+  'reporting.scores': 'reporting.runs',
+  'reporting.pictures': 'reporting.runs reporting.scores',
+  'reporting.page': 'reporting.scores',
+  'reporting.sections': 'attention_maps reporting.page reporting.pictures'
+  ' reporting.runs reporting.scores',
+  'report': 'attention_maps evaluate reporting.page reporting.runs'
+  ' reporting.scores reporting.sections',
+  'gin_setup': 'convert evaluate import_t5x infer report train',
 }
 # These import nothing of ours.
 NO_FLOOR = {
   '__init__',
   'contrib.__init__',
   'models.__init__',
+  'reporting.__init__',
   'text.__init__',
 }
 # Who may import a library at all, be it inside a function.
@@ -108,6 +119,7 @@ DOORWAYS = {
   'seqio': {'data', 'seqio_texts', 'feature_converters', 'contrib.t5x'},
   'tensorflow': {'data', 'seqio_texts', 'feature_converters'},
   't5x': {'contrib.t5x'},
+  'lm_eval': {'contrib.lm_eval'},
   'qwix': {'quantization'},
   'torch': set(),
   'transformers': set(),
@@ -299,6 +311,7 @@ def test_importing_calm_jax_is_free():
 def test_training_and_the_interface_import_no_tensorflow():
   code = (
     'import sys, calm_jax, calm_jax.train, calm_jax.infer, calm_jax.gin_setup\n'
+    'import calm_jax.report\n'
     'calm_jax.compose\n'
     'print(*{name.split(".")[0] for name in sys.modules})'
   )

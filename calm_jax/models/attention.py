@@ -103,7 +103,7 @@ def attend(
   Args:
     query_BTNH: N query heads.
     key_BSKH: K key heads; N is a multiple of K.
-    value_BSKH: as the keys.
+    value_BSKH: as the keys, of any size.
     mask_BTS: bool; a query that sees nothing gets zeros.
     scale: multiplies the dot products.
     softcap: if given, logits become softcap * tanh(logits / softcap).
@@ -129,7 +129,7 @@ def attend(
   weights = jax.nn.softmax(jnp.where(mask, logits, MASKED), axis=-1)
   weights = jnp.where(mask, weights, 0.0).astype(value_BSKH.dtype)
   out_BTKGH = jnp.einsum('BKGTS,BSKH->BTKGH', weights, value_BSKH)
-  return out_BTKGH.reshape(B, T, N, H)
+  return out_BTKGH.reshape(B, T, N, -1)
 
 
 class SelfAttention(nn.Module):

@@ -1,0 +1,1 @@
+"""What `calm_jax.report` is made of."""

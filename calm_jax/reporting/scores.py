@@ -1,0 +1,265 @@
+"""Means and deviations over seeds: what the tables and pictures show."""
+
+from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+import math
+import statistics
+from typing import Any
+
+from calm_jax.reporting.runs import Run
+
+COUNTS = ('num_examples', 'count', 'correct')  # not scores
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+  """One number, measured for some seeds.
+
+  Attributes:
+    values: one for each run that has it.
+    runs: how many runs should have it.
+    examples: on how many examples it was measured, each count once.
+  """
+
+  values: tuple[float, ...]
+  runs: int = 1
+  examples: tuple[int, ...] = ()
+
+  @property
+  def mean(self) -> float:
+    return statistics.fmean(self.values)
+
+  @property
+  def deviation(self) -> float | None:
+    """The sample standard deviation; None for a single value."""
+    return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+
+def rows_of(runs: Iterable[Run]) -> list[str]:
+  """Returns every evaluated 'task/split', in the order of evaluation."""
+  found: dict[str, None] = {}
+  for run in runs:
+    for tasks in run.results.values():
+      found |= dict.fromkeys(tasks)
+  return list(found)
+
+
+def choose_metrics(
+  runs: Sequence[Run], wanted: Mapping[str, str]
+) -> dict[str, str]:
+  """Returns which metric is shown of each 'task/split'.
+
+  Args:
+    runs: all of the report.
+    wanted: names of metrics by task or by 'task/split'; of others the first
+      number that is no count.
+
+  Raises:
+    ValueError: if a metric is asked of what no run has, or is no number.
+  """
+  rows = rows_of(runs)
+  for name in wanted:
+    if rows and not any(name in (row, _task(row)) for row in rows):
+      raise ValueError(
+        f'report.metrics names {name!r}, which no run has. Evaluated are'
+        f' {rows}.'
+      )
+  chosen = {}
+  for row in rows:
+    numbers: dict[str, None] = {}
+    for run in runs:
+      for tasks in run.results.values():
+        numbers |= dict.fromkeys(
+          name for name, v in tasks.get(row, {}).items() if _is_number(v)
+        )
+    scores = [name for name in numbers if name not in COUNTS]
+    metric = wanted.get(row, wanted.get(_task(row)))
+    if metric is None and scores:
+      metric = scores[0]
+    if metric not in numbers:
+      raise ValueError(
+        f'{row} has no metric {metric!r} to show; its numbers are'
+        f' {list(numbers)}. Choose one: report.metrics = {{{row!r}: ...}}.'
+      )
+    chosen[row] = metric
+  return chosen
+
+
+def score(runs: Sequence[Run], system: str, row: str, metric: str) -> Score:
+  """Gathers one metric of one system; runs that lack it are left out."""
+  found = [run.results.get(system, {}).get(row, {}) for run in runs]
+  found = [one for one in found if _is_number(one.get(metric))]
+  return Score(
+    values=tuple(float(one[metric]) for one in found),
+    runs=len(runs),
+    examples=_counts(found),
+  )
+
+
+def frozen_score(
+  runs: Sequence[Run], system: str, row: str, metric: str
+) -> Score:
+  """As `score`; equal values of one frozen model are one value."""
+  found = score(runs, system, row, metric)
+  if len(set(found.values)) == 1:
+    found = dataclasses.replace(found, values=found.values[:1], runs=1)
+  return found
+
+
+def change(
+  runs: Sequence[Run],
+  row: str,
+  metric: str,
+  *,
+  otherwise: Sequence[Run],
+) -> tuple[Score, Score, Score]:
+  """Returns the anchor's score, that after training, and the differences.
+
+  Args:
+    runs: of one column.
+    row: one of the anchor's own tasks.
+    metric: what is shown of it.
+    otherwise: where the anchor is looked up for a run that was evaluated
+      without it.
+  """
+  shared = frozen_score(otherwise, 'anchor', row, metric).values
+  before, after = [], []
+  for run in runs:
+    own = score([run], 'anchor', row, metric).values or shared[:1]
+    then = score([run], run.system, row, metric).values
+    if own and then:
+      before += own
+      after += then
+  differences = [b - a for a, b in zip(before, after, strict=True)]
+  if len(set(before)) == 1:
+    before = before[:1]
+  return tuple(
+    Score(tuple(values), runs=len(runs))
+    for values in (before, after, differences)
+  )
+
+
+def best(cells: Mapping[str, Score]) -> set[str]:
+  """Returns the columns with the highest mean, as it is shown."""
+  means = {name: one.mean for name, one in cells.items() if one.values}
+  shown = {name: f'{mean:.{digits(cells)}f}' for name, mean in means.items()}
+  top = max(means, key=means.get, default=None)
+  return {name for name in shown if shown[name] == shown[top]}
+
+
+def digits(cells: Mapping[str, Score]) -> int:
+  """Returns the decimals of a row: percentages have 1, fractions 3."""
+  largest = max((abs(v) for c in cells.values() for v in c.values), default=0)
+  return 3 if 0 < largest <= 1 else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """Scores by 'task/split' and column.
+
+  Attributes:
+    metrics: which metric is shown of each row.
+    cells: scores by row and column, the plain models first.
+    plain: names of the columns of models that nothing has trained.
+    names: those of the other columns.
+  """
+
+  metrics: Mapping[str, str]
+  cells: Mapping[str, Mapping[str, Score]]
+  plain: tuple[str, ...]
+  names: tuple[str, ...]
+
+  @classmethod
+  def of(
+    cls,
+    columns: Mapping[str, Sequence[Run]],
+    *,
+    plain: Mapping[str, str],
+    trained: Sequence[str],
+    variants: Mapping[str, Sequence[Run]],
+    metrics: Mapping[str, str],
+  ) -> 'Table':
+    """Gathers the scores.
+
+    Args:
+      columns: runs by column.
+      plain: systems by column, looked up in the runs of the first column.
+      trained: systems that differ by seed.
+      variants: more runs, of which only the metrics are chosen.
+      metrics: as in `choose_metrics`.
+    """
+    twice = sorted(plain.keys() & columns.keys())
+    if twice:
+      raise ValueError(
+        f'{twice} are in report.columns and in report.plain: name them apart.'
+      )
+    everything = [
+      run
+      for each in (columns, variants)
+      for runs in each.values()
+      for run in runs
+    ]
+    chosen = choose_metrics(everything, metrics)
+    first = next(iter(columns.values()))
+    rows = rows_of([run for runs in columns.values() for run in runs])
+    cells = {}
+    for row in rows:
+      cells[row] = {
+        name: (score if system in trained else frozen_score)(
+          first, system, row, chosen[row]
+        )
+        for name, system in plain.items()
+      }
+      for name, runs in columns.items():
+        cells[row][name] = score(runs, runs[0].system, row, chosen[row])
+    return cls(chosen, cells, tuple(plain), tuple(columns))
+
+  def check_row(self, row: str) -> None:
+    """Raises ValueError if there are scores, and none of this row."""
+    if self.metrics and row not in self.metrics:
+      raise ValueError(
+        f'{row!r} is no evaluated task. Evaluated are {list(self.metrics)};'
+        " a task is given as 'task/split'."
+      )
+
+  def gaps(self) -> list[str]:
+    """Returns what is missing of the table, or cannot be compared."""
+    found = []
+    for row, cells in self.cells.items():
+      lacking = [name for name, one in cells.items() if not one.values]
+      if lacking:
+        found.append(f'{row} was not measured of {", ".join(lacking)}.')
+      examples = sorted({n for one in cells.values() for n in one.examples})
+      if len(examples) > 1:
+        found.append(
+          f'{row} was measured on different numbers of examples, {examples}:'
+          ' the columns do not quite compare.'
+        )
+    return found
+
+
+def check_composed(variants: Mapping[str, Sequence[Run]]) -> None:
+  """Raises ValueError if a variant of the mapping is no composition."""
+  for name, runs in variants.items():
+    if not runs[0].connections:
+      raise ValueError(
+        f'report.ablations has {name!r}, a run that trained {runs[0].system!r};'
+        ' it compares connections, so it takes compositions.'
+      )
+
+
+def _task(row: str) -> str:
+  return row.rpartition('/')[0]
+
+
+def _is_number(value: Any) -> bool:
+  return (
+    isinstance(value, int | float)
+    and not isinstance(value, bool)
+    and math.isfinite(value)
+  )
+
+
+def _counts(found: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+  counts = {one['num_examples'] for one in found if 'num_examples' in one}
+  return tuple(sorted(counts))
