@@ -131,20 +131,21 @@ def change(
       before += own
       after += then
   differences = [b - a for a, b in zip(before, after, strict=True)]
-  if len(set(before)) == 1:
-    before = before[:1]
-  return tuple(
-    Score(tuple(values), runs=len(runs))
-    for values in (before, after, differences)
+  same = len(set(before)) == 1  # one frozen model, measured more than once
+  return (
+    Score(tuple(before[:1])) if same else Score(tuple(before), len(runs)),
+    Score(tuple(after), len(runs)),
+    Score(tuple(differences), len(runs)),
   )
 
 
 def best(cells: Mapping[str, Score]) -> set[str]:
-  """Returns the columns with the highest mean, as it is shown."""
+  """Returns the columns with the highest mean, as shown; none if all have."""
   means = {name: one.mean for name, one in cells.items() if one.values}
   shown = {name: f'{mean:.{digits(cells)}f}' for name, mean in means.items()}
   top = max(means, key=means.get, default=None)
-  return {name for name in shown if shown[name] == shown[top]}
+  found = {name for name in shown if shown[name] == shown[top]}
+  return found if len(found) < len(shown) else set()
 
 
 def digits(cells: Mapping[str, Score]) -> int:

@@ -207,8 +207,8 @@ def attention(out: pathlib.Path, found: AttentionMap | None) -> str:
       f'Prompt “{prompt.strip()}”, answer “{answer.strip()}”. A row is a'
       ' position of the anchor; blue is what it reads there of the augmenting'
       ' model; grey may not be read. Below the orange line is the answer. A'
-      ' gate, the mean over the heads, multiplies what is read: where it is near'
-      ' 0, nothing comes through.'
+      ' gate, the mean over the heads, multiplies what is read: where it is'
+      ' near 0, nothing comes through.'
     ),
     *drawn,
   )
