@@ -21,7 +21,6 @@ from calm_jax.model import Model
 from calm_jax.models import attention, layers
 from calm_jax.vocabularies import Vocabulary
 
-
 _WIDEST = 5.0  # inches of labels that are not turned
 
 

@@ -120,7 +120,7 @@ def table(
     head: texts of the columns.
     body: for each row its HTML heading, and its cells as `cell` makes them.
   """
-  columns = ''.join(f'<th>{html.escape(name)}</th>' for name in head)
+  columns = ''.join(f'<th>{heading(name)}</th>' for name in head)
   rows = '\n'.join(
     f'<tr><th>{title}</th>{"".join(cells)}</tr>' for title, cells in body
   )
@@ -133,7 +133,7 @@ def table(
 def heading(text: str, note: str = '') -> str:
   """Returns the text of a cell, with a note below it."""
   small = f'<small>{html.escape(note)}</small>' if note else ''
-  return html.escape(text) + small
+  return _may_break(text) + small
 
 
 def cell(text: str, note: str = '', *, kind: str = '') -> str:
@@ -169,6 +169,12 @@ def score_cell(
 def details(title: str, text: str) -> str:
   """Returns text that is folded away until it is asked for."""
   return (
-    f'<details><summary>{html.escape(title)}</summary>'
+    f'<details><summary>{_may_break(title)}</summary>'
     f'<pre>{html.escape(text)}</pre></details>'
   )
+
+
+def _may_break(text: str) -> str:
+  """Returns HTML that a narrow screen may break within names and paths."""
+  text = html.escape(text)
+  return text.replace('/', '/<wbr>').replace('_', '_<wbr>')

@@ -175,7 +175,7 @@ def ablations(
         ],
       )
     )
-  head = ['', shown, 'connections', 'augmenting → anchor block']
+  head = ['', table.metrics[task], 'connections', 'augmenting → anchor block']
   return page.section(
     title,
     page.picture(
@@ -259,11 +259,15 @@ def costs(columns: Columns) -> str:
 
 def settings(columns: Columns) -> str:
   """Returns the configurations to be unfolded."""
-  parts = []
-  for name, runs in columns.items():
-    for run in runs:
-      text = run.config or 'It holds no config.gin.'
-      parts.append(page.details(f'{name}: {run.directory}', text))
+  named = {
+    run.directory: (k, run) for k, runs in columns.items() for run in runs
+  }
+  parts = [
+    page.details(
+      f'{name}: {run.directory}', run.config or 'It holds no config.gin.'
+    )
+    for name, run in named.values()
+  ]
   return page.section('Configurations', *parts)
 
 
