@@ -216,16 +216,10 @@ def test_scores_forgetting_and_costs_are_those_computed_by_hand(
     ['LoRA', '90.0 | n = 1', '50.0 | n = 1', '-40.0 | n = 1'],  # c0's anchor
     ['fully fine-tuned', '91.0 | n = 1', '95.0 | n = 1', '+4.0 | n = 1'],
   ]
+  no = '— | not recorded'
   assert [row[:6] for row in costs[1:3]] == [
-    [
-      'CALM | 2 connections',
-      '1,234',
-      '— | not recorded',
-      '50',
-      '2e+09',
-      '1,000',
-    ],
-    ['LoRA | rank 3', '35', '— | not recorded', '50', '2e+09', '1,000'],
+    ['CALM | 2 connections', '1,234', no, '50', '2e+09', '1,000'],
+    ['LoRA | rank 3', '35', no, '50', '2e+09', '1,000'],
   ]
   assert costs[3][1] == costs[3][2] != '0'
   assert "MODEL_DIR = '<b>&amp;'" in page.text  # escaped, not read as HTML
@@ -247,7 +241,8 @@ def test_the_page_needs_nothing_but_itself(tmp_path, columns):
   style = re.search('<style>(.*?)</style>', file.read_text(), re.S)[1]
   assert 'url(' not in style
   assert '@import' not in style
-  names = ['scores', 'forgetting', 'loss', 'ablations']
+  names = ['scores_sums_test', 'scores_keys_held_out']
+  names += ['forgetting', 'loss', 'ablations']
   assert len(page.images) == len(names)
   for name, source in zip(names, page.images, strict=True):
     data = (file.parent / f'{name}.png').read_bytes()
@@ -336,9 +331,7 @@ def test_other_numbers_of_examples_do_not_compare(tmp_path, columns):
 
 
 def test_what_is_broken_is_refused(tmp_path, columns):
-  with pytest.raises(
-    ValueError, match=r"'X' names the run .*no such directory"
-  ):
+  with pytest.raises(ValueError, match=r"'X' names the run .* no such dir"):
     make(tmp_path, {'X': (str(tmp_path / 'no'),)})
   (tmp_path / 'empty').mkdir()
   with pytest.raises(ValueError, match='which holds none of'):

@@ -39,9 +39,10 @@ h2 { font-size: 1.2rem; margin-top: 2.2rem;
   border-bottom: 1px solid var(--line); }
 p, li, figcaption { max-width: 44rem; }
 .soft, figcaption, small { color: var(--soft); }
-small { font-size: .78rem; }
+small { font-size: .8em; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+table { border-collapse: separate; border-spacing: 0;
+  font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .6rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
 th:first-child { text-align: left; position: sticky; left: 0;
@@ -53,6 +54,8 @@ td small, th small { display: block; font-weight: normal; }
 .gaps { background: var(--warn); padding: .6rem 1rem; border-radius: .4rem; }
 .gaps li { overflow-wrap: anywhere; }
 figure { margin: 1rem 0; }
+.beside { display: flex; flex-wrap: wrap; gap: 0 1.5rem; }
+.beside figure { margin: .5rem 0; }
 figure img { display: block; max-width: 100%; height: auto; background: #fff;
   border-radius: .3rem; }
 pre { overflow-x: auto; font-size: .8rem; border: 1px solid var(--line);
@@ -96,19 +99,33 @@ def gaps(sentences: Sequence[str]) -> str:
   )
 
 
-def picture(file: pathlib.Path, figure: Any, *, caption: str) -> str:
-  """Writes a figure as PNG, and returns it with the same bytes inside."""
+def picture(
+  file: pathlib.Path, figure: Any, *, caption: str, told: bool = True
+) -> str:
+  """Writes a figure as PNG, and returns it with the same bytes inside.
+
+  Args:
+    file: the PNG.
+    figure: of matplotlib.
+    caption: what one sees.
+    told: whether it is printed below; a screen reader says it in any case.
+  """
   bytes_ = io.BytesIO()
   figure.savefig(bytes_, format='png', dpi=150)
   file.write_bytes(bytes_.getvalue())
   data = base64.b64encode(bytes_.getvalue()).decode()
   width = round(100 * figure.get_figwidth())
   text = html.escape(caption)
+  below = f'<figcaption>{text}</figcaption>' if told else ''
   return (
     f'<figure><img width="{width}" alt="{text}"'
-    f' src="data:image/png;base64,{data}"><figcaption>{text}</figcaption>'
-    '</figure>'
+    f' src="data:image/png;base64,{data}">{below}</figure>'
   )
+
+
+def side_by_side(figures: Iterable[str]) -> str:
+  """Returns pictures beside each other, as many as the screen has room for."""
+  return f'<div class="beside">{"".join(figures)}</div>'
 
 
 def table(

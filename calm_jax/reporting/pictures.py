@@ -7,7 +7,7 @@ from calm_jax.reporting import scores
 from calm_jax.reporting.runs import Run
 from calm_jax.reporting.scores import Score
 
-WIDTH = 6.4  # inches; a phone shrinks it to three, and 10 points to five
+WIDTH, NARROW = 5.6, 4.4  # inches; a phone shows about four
 # Told apart with any eyes (Okabe and Ito); frozen models are grey.
 _COLOURS = (
   '#0072b2',
@@ -32,37 +32,33 @@ def colours(trained: Sequence[str], frozen: Sequence[str]) -> dict[str, str]:
 
 
 def score_bars(
-  table: Mapping[str, Mapping[str, Score]],
-  titles: Mapping[str, str],
-  colour: Mapping[str, str],
+  cells: Mapping[str, Score], title: str, colour: Mapping[str, str]
 ) -> Any:
-  """Draws a panel of bars for each row of the table, with its deviations."""
-  names = list(next(iter(table.values())))
-  figure, panels = _figure(len(table), 0.35 + 0.2 * len(names))
-  for axes, (row, cells) in zip(panels, table.items(), strict=True):
-    means = [cells[name].mean if cells[name].values else 0.0 for name in names]
-    spread = [cells[name].deviation or 0.0 for name in names]
-    axes.barh(names, means, color=[colour[name] for name in names], height=0.75)
-    axes.errorbar(means, names, xerr=spread, fmt='none', ecolor='#222', lw=1)
-    places = scores.digits(cells)
-    for mean, error, name in zip(means, spread, names, strict=True):
-      text = f'{mean:.{places}f}' if cells[name].values else 'not measured'
-      axes.annotate(
-        text,
-        (max(mean + error, 0.0), name),
-        xytext=(4, 0),
-        textcoords='offset points',
-        va='center',
-        fontsize=9,
-      )
-    largest = max(m + e for m, e in zip(means, spread, strict=True))
-    whole = 100.0 if places == 1 else 1.0
-    axes.set_xlim(min(0.0, *means), 1.13 * max(largest, whole))
-    axes.set_title(f'{row}, {titles[row]}', fontsize=10, loc='left')
-    axes.invert_yaxis()
-    axes.tick_params(axis='y', length=0)
-    axes.set_xticks([])  # the bars bear their values
-    axes.spines['bottom'].set_visible(False)
+  """Draws one row of the table as bars with their deviations."""
+  names, places = list(cells), scores.digits(cells)
+  figure, (axes,) = _figure(1, 0.45 + 0.22 * len(names), width=NARROW)
+  means = [cells[name].mean if cells[name].values else 0.0 for name in names]
+  spread = [cells[name].deviation or 0.0 for name in names]
+  axes.barh(names, means, color=[colour[name] for name in names], height=0.75)
+  axes.errorbar(means, names, xerr=spread, fmt='none', ecolor='#222', lw=1)
+  for mean, error, name in zip(means, spread, names, strict=True):
+    text = f'{mean:.{places}f}' if cells[name].values else 'not measured'
+    axes.annotate(
+      text,
+      (max(mean + error, 0.0), name),
+      xytext=(4, 0),
+      textcoords='offset points',
+      va='center',
+      fontsize=9,
+    )
+  largest = max(m + e for m, e in zip(means, spread, strict=True))
+  whole = 100.0 if places == 1 else 1.0
+  axes.set_xlim(min(0.0, *means), 1.15 * max(largest, whole))
+  figure.suptitle(title, fontsize=10, x=0.02, ha='left')
+  axes.invert_yaxis()
+  axes.tick_params(axis='y', length=0)
+  axes.set_xticks([])  # the bars bear their values
+  axes.spines['bottom'].set_visible(False)
   return figure
 
 
@@ -271,11 +267,13 @@ def _mean_curve(
   return steps, [sum(one[s] for one in by_step) / len(by_step) for s in steps]
 
 
-def _figure(panels: int, height: float) -> tuple[Any, Sequence[Any]]:
+def _figure(
+  panels: int, height: float, *, width: float = WIDTH
+) -> tuple[Any, Sequence[Any]]:
   from matplotlib import figure as figure_lib
 
   figure = figure_lib.Figure(
-    figsize=(WIDTH, height * panels), layout='constrained'
+    figsize=(width, height * panels), layout='constrained'
   )
   axes = figure.subplots(panels, 1, squeeze=False)[:, 0]
   _bare(*axes)
