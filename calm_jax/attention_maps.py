@@ -238,7 +238,8 @@ def _draw(
   plain = {'fontsize': 9, 'parse_math': False}
   axes.set_xticks(range(len(one.tokens)), map(_shown, one.tokens), **plain)
   if _width(one.tokens) > _WIDEST:
-    axes.tick_params(axis='x', rotation=90)
+    for label in axes.get_xticklabels():  # an upright '=' is another sign
+      label.set_rotation(90 if len(label.get_text()) > 2 else 0)
   axes.set_yticks(range(len(rows)), map(_shown, rows), **plain)
   axes.set_xlabel('read from (augmenting)')
   axes.set_ylabel('read by (anchor)')
@@ -246,9 +247,7 @@ def _draw(
   axes.spines[:].set_visible(False)
   if prompt_length < len(rows):  # a line between prompt and continuation
     axes.axhline(prompt_length - 0.5, color='#d55e00', linewidth=1)
-  axes.figure.colorbar(
-    image, ax=axes, label='weight', pad=0.15 if one.gates_TN is not None else 0
-  )
+  axes.figure.colorbar(image, ax=axes, label='weight', pad=0.03)
   if one.gates_TN is None:
     return
   gates = axes.secondary_yaxis('right')

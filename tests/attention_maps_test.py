@@ -64,6 +64,7 @@ def test_the_weights_of_shared_tokens_and_the_logits():
   tiny.assert_close(found.logits_TV, model.logits([ids])[0])
 
 
+@pytest.mark.slow
 def test_weights_gates_and_values_are_what_is_added():
   """The update, made by hand of what the map shows."""
   model = shared(gate='sigmoid', mapping=(tiny.connection(-1, 3),))

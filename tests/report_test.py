@@ -4,6 +4,7 @@ Run: pytest tests/report_test.py
 """
 
 import base64
+import dataclasses
 import html.parser
 import io
 import json
@@ -13,9 +14,11 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from calm_jax import gin_setup, report
+import calm_jax
+from calm_jax import api, gin_setup, report, sharding
+from calm_jax.models import pretrained
+from calm_jax.reporting import pictures, scores
 from calm_jax.reporting import runs as runs_lib
-from calm_jax.reporting import scores
 from tests import tiny, toys
 
 SUM, KEYS = 'sums/test', 'keys/held_out'
@@ -283,8 +286,6 @@ def test_curves_begin_at_step_1(columns):
     ([1, 50], [4.0, 2.0]),
     ([1, 50], [6.0, 3.0]),
   ]
-  from calm_jax.reporting import pictures
-
   assert pictures.first_loss(found['CALM']) == 5.0
   axes = pictures.loss_curves(
     found, pictures.colours(list(found), ()), log_steps=True
@@ -385,3 +386,38 @@ def test_the_entry_point(tmp_path, columns):
   entry(summarize_config=gin_setup.write_operative_config)
   for name in ('report.html', 'config.gin', 'ablations.png'):
     assert (tmp_path / 'page' / name).is_file()
+
+
+@pytest.mark.slow
+def test_a_composed_run_is_loaded_answers_and_is_mapped(tmp_path):
+  """A small composition, saved as a run; m_A has the anchor's vocabulary."""
+  specs = {}
+  for name, config in (('anchor', tiny.ANCHOR), ('code', tiny.AUGMENTING)):
+    config = dataclasses.replace(config, num_layers=1)
+    toys.model_directory(tmp_path / name, config)
+    specs[name] = pretrained.pretrained_model(tmp_path / name)
+  mesh = sharding.make_mesh()
+  models = {k: api.from_spec(spec, mesh=mesh) for k, spec in specs.items()}
+  model = calm_jax.compose(
+    anchor=models['anchor'],
+    augmenting={'code': models['code']},
+    mapping=calm_jax.LayerMapping.explicit(
+      [tiny.connection(-1, 0), tiny.connection(0, 0)]
+    ),
+  )
+  model.save(tmp_path / 'run')
+  page, file = make(
+    tmp_path,
+    {'CALM': (str(tmp_path / 'run'),)},
+    prompt='a1 a2 a3',
+    anchor=specs['anchor'],
+    augmenting={'code': specs['code']},
+    max_new_tokens=2,
+  )
+  assert 'Prompt “a1 a2 a3”, answer “' in page.text
+  for key in ('code_0_into_embed', 'code_0_into_0'):
+    data = (file.parent / f'attention_{key}.png').read_bytes()
+    assert base64.b64encode(data).decode() in ''.join(page.images)
+  lora = {'LoRA': (write_run(tmp_path / 'l', kind='lora'),)}
+  with pytest.raises(ValueError, match='no column is of a composition'):
+    make(tmp_path, lora, prompt='a1')

@@ -274,7 +274,11 @@ def settings(columns: Columns) -> str:
     )
     for name, run in named.values()
   ]
-  return page.section('Configurations', *parts)
+  text = (
+    'What each run has read. Saved as a file, it makes the run again: python -m'
+    ' calm_jax.train --gin_file=FILE, with a new MODEL_DIR in it.'
+  )
+  return page.section('Configurations', page.paragraph(text), *parts)
 
 
 def _count(values: Sequence[float | None], *, short: bool = False) -> str:
