@@ -343,6 +343,8 @@ def test_what_is_broken_is_refused(tmp_path, columns):
     make(tmp_path, {'X': columns['CALM'] + columns['LoRA']})
   with pytest.raises(ValueError, match=r"\['CALM'\] are in .* name them apart"):
     make(tmp_path, columns, plain={'CALM': 'anchor'})
+  with pytest.raises(ValueError, match='report.columns is empty'):
+    make(tmp_path, {})
   with pytest.raises(ValueError, match='report.prompt .* needs the models'):
     make(tmp_path, columns, prompt='1 + 1 =')
   metrics = tmp_path / 'c0' / 'metrics.jsonl'
@@ -356,18 +358,10 @@ def test_what_is_broken_is_refused(tmp_path, columns):
 
 
 def test_numbers_that_are_none_are_left_out():
-  run = lambda value: runs_lib.Run(
-    None,
-    'composed',
-    (),
-    {'composed': {KEYS: {'f1': value}}},
-    (),
-    None,
-    {},
-    None,
-    None,
-    (),
-  )
+  def run(value):
+    tasks = {'composed': {KEYS: {'f1': value}}}
+    return runs_lib.Run(None, 'composed', (), tasks, (), None, None, None, ())
+
   found = [run(v) for v in (float('nan'), 2.0, '3', True, None)]
   assert scores.score(found, 'composed', KEYS, 'f1').values == (2.0,)
 

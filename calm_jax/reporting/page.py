@@ -63,7 +63,8 @@ pre { overflow-x: auto; font-size: .8rem; border: 1px solid var(--line);
 @media print { :root { --ink: #000; --paper: #fff; --soft: #444;
   --line: #bbb; --best: #e3f1e4; }
   body { font-size: 10pt; max-width: none; padding: 0; }
-  .wide { overflow: visible; } table { font-size: 7.5pt; }
+  .wide { overflow: visible; } table { font-size: 8pt; }
+  .beside figure { width: 47%; }
   th, td { padding: .2rem .3rem; } th:first-child { min-width: 0; }
   pre { white-space: pre-wrap; overflow-wrap: anywhere; }
   figure, tr { break-inside: avoid; } h2 { break-after: avoid; } }

@@ -189,6 +189,9 @@ class Table:
       variants: more runs, of which only the metrics are chosen.
       metrics: as in `choose_metrics`.
     """
+    if not columns:
+      raise ValueError('report.columns is empty: name a column and its runs.')
+    _check_composed(variants)
     twice = sorted(plain.keys() & columns.keys())
     if twice:
       raise ValueError(
@@ -215,13 +218,19 @@ class Table:
         cells[row][name] = score(runs, runs[0].system, row, chosen[row])
     return cls(chosen, cells, tuple(plain), tuple(columns))
 
-  def check_row(self, row: str) -> None:
-    """Raises ValueError if there are scores, and none of this row."""
-    if self.metrics and row not in self.metrics:
-      raise ValueError(
-        f'{row!r} is no evaluated task. Evaluated are {list(self.metrics)};'
-        " a task is given as 'task/split'."
-      )
+  def check_rows(self, rows: Iterable[str]) -> None:
+    """Raises ValueError if there are scores, and none of one of these."""
+    for row in rows:
+      if self.metrics and row not in self.metrics:
+        raise ValueError(
+          f'{row!r} is no evaluated task. Evaluated are {list(self.metrics)};'
+          " a task is given as 'task/split'."
+        )
+
+  def last_row(self, *, besides: Sequence[str]) -> str | None:
+    """Returns the last row that is none of these, or None."""
+    rows = [row for row in self.metrics if row not in besides]
+    return rows[-1] if rows else None
 
   def gaps(self) -> list[str]:
     """Returns what is missing of the table, or cannot be compared."""
@@ -239,7 +248,7 @@ class Table:
     return found
 
 
-def check_composed(variants: Mapping[str, Sequence[Run]]) -> None:
+def _check_composed(variants: Mapping[str, Sequence[Run]]) -> None:
   """Raises ValueError if a variant of the mapping is no composition."""
   for name, runs in variants.items():
     if not runs[0].connections:
