@@ -21,6 +21,8 @@ from calm_jax.model import Model
 from calm_jax.models import attention, layers
 from calm_jax.vocabularies import Vocabulary
 
+_WIDEST = 5.0  # inches of labels that are not turned
+
 
 @dataclasses.dataclass(frozen=True)
 class ConnectionMap:
@@ -68,10 +70,10 @@ class AttentionMap:
     from matplotlib import figure as figure_lib
 
     chosen = list(self.connections if keys is None else keys)
-    # Inches: a token's label needs about 0.22, and names beside the panel 1.
-    longest = max(len(self.connections[key].tokens) for key in chosen)
-    width = min(14.0, max(4.6, 2.2 + 0.22 * longest))
-    height = min(14.0, max(2.2, 1.2 + 0.2 * len(self.tokens)))
+    # Inches: for labels, 0.09 a letter, and for what is beside the panel.
+    width = 2.4 + max(_width(self.connections[key].tokens) for key in chosen)
+    width = min(14.0, max(4.8, width))
+    height = min(14.0, max(2.2, 1.2 + 0.22 * len(self.tokens)))
     figure = figure_lib.Figure(
       figsize=(width, height * len(chosen)), layout='constrained'
     )
@@ -235,7 +237,9 @@ def _draw(
   axes.set_title(one.title, fontsize=11, loc='left')
   plain = {'fontsize': 9, 'parse_math': False}
   axes.set_xticks(range(len(one.tokens)), map(_shown, one.tokens), **plain)
-  axes.tick_params(axis='x', rotation=90)
+  if _width(one.tokens) > _WIDEST:
+    for label in axes.get_xticklabels():  # an upright '=' is another sign
+      label.set_rotation(90 if len(label.get_text()) > 2 else 0)
   axes.set_yticks(range(len(rows)), map(_shown, rows), **plain)
   axes.set_xlabel('read from (augmenting)')
   axes.set_ylabel('read by (anchor)')
@@ -243,9 +247,7 @@ def _draw(
   axes.spines[:].set_visible(False)
   if prompt_length < len(rows):  # a line between prompt and continuation
     axes.axhline(prompt_length - 0.5, color='#d55e00', linewidth=1)
-  axes.figure.colorbar(
-    image, ax=axes, label='weight', pad=0.15 if one.gates_TN is not None else 0
-  )
+  axes.figure.colorbar(image, ax=axes, label='weight', pad=0.03)
   if one.gates_TN is None:
     return
   gates = axes.secondary_yaxis('right')
@@ -254,6 +256,13 @@ def _draw(
   gates.set_ylabel('gate')
   gates.tick_params(length=0)
   gates.spines[:].set_visible(False)
+
+
+def _width(tokens: Sequence[str]) -> float:
+  """Returns the inches of labels side by side, or upright if that is much."""
+  longest = max(len(_shown(token)) for token in tokens)
+  beside = len(tokens) * (0.15 + 0.09 * longest)
+  return beside if beside <= _WIDEST else max(_WIDEST + 0.1, 0.2 * len(tokens))
 
 
 def _shown(token: str) -> str:

@@ -7,7 +7,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 import pathlib
-from typing import Any
 
 from calm_jax import attention_maps, evaluate
 from calm_jax.models.pretrained import ModelSpec
@@ -64,11 +63,8 @@ def report(
     ValueError: if a directory is no run, a file of it is broken, or settings
       name what is not there. What a run merely lacks is listed on the page.
   """
-  if not columns:
-    raise ValueError('report.columns is empty: name a column and its runs.')
   found = runs.read_columns(columns, setting='report.columns')
   variants = runs.read_columns(ablations or {}, setting='report.ablations')
-  scores.check_composed(variants)
   table = scores.Table.of(
     found,
     plain=PLAIN if plain is None else plain,
@@ -76,54 +72,53 @@ def report(
     variants=variants,
     metrics=metrics or {},
   )
-  for task in (*anchor_tasks, *filter(None, [ablation_task])):
-    table.check_row(task)
-  others = [row for row in table.metrics if row not in anchor_tasks]
+  table.check_rows((*anchor_tasks, *filter(None, [ablation_task])))
   shown_map = None
   if prompt is not None:
-    shown_map = _map(
-      runs.first_composed(found),
-      prompt,
-      max_new_tokens,
-      anchor=anchor,
-      augmenting=augmenting,
-      random_seed=random_seed,
-    )
+    models = anchor, augmenting
+    shown_map = _map(found, prompt, max_new_tokens, models, random_seed)
   out = pathlib.Path(output_dir).expanduser()
   out.mkdir(parents=True, exist_ok=True)
   if summarize_config is not None:
     summarize_config(out)
-  missing = runs.gaps(found | variants) + table.gaps()
+  ablation_task = ablation_task or table.last_row(besides=anchor_tasks)
   parts = [
-    page.gaps(missing),
+    page.gaps(runs.gaps(found | variants) + table.gaps()),
     sections.scores(out, table),
     sections.forgetting(out, table, found, anchor_tasks),
     sections.loss(out, found, log_steps=log_steps),
-    sections.ablations(
-      out, variants, table, ablation_task or next(reversed(others), None)
-    ),
+    sections.ablations(out, variants, table, ablation_task),
     sections.attention(out, shown_map),
     sections.costs(found),
     sections.settings(found | variants),
   ]
-  file = out / 'report.html'
-  page.write(file, title=title, parts=parts)
-  print(f'Wrote {file}; {len(missing)} things are missing, and listed there.')
-  return file
+  page.write(out / 'report.html', title=title, parts=parts)
+  print(f'Wrote {out / "report.html"}')
+  return out / 'report.html'
 
 
 def _map(
-  run: runs.Run, prompt: str, max_new_tokens: int, **models: Any
+  columns: sections.Columns,
+  prompt: str,
+  max_new_tokens: int,
+  models: tuple[ModelSpec | None, Mapping[str, ModelSpec] | None],
+  random_seed: int,
 ) -> attention_maps.AttentionMap:
   """Lets a composed run answer a prompt, and maps what it reads of both."""
-  if models['anchor'] is None or not models['augmenting']:
+  run = runs.first_composed(columns)
+  anchor, augmenting = models
+  if anchor is None or not augmenting:
     raise ValueError(
       'report.prompt asks for an attention map, which needs the models. Set'
       ' ANCHOR and AUGMENTING as in the training, by the same composition or'
       ' model file, or leave the prompt out.'
     )
   model = evaluate.load_systems(
-    model_dir=str(run.directory), systems=['composed'], **models
+    model_dir=str(run.directory),
+    anchor=anchor,
+    augmenting=augmenting,
+    systems=['composed'],
+    random_seed=random_seed,
   )['composed']
   ((answer,),) = model.decode([prompt], max_new_tokens=max_new_tokens)
   return attention_maps.attention_map(model, prompt, answer.tokens)

@@ -39,9 +39,10 @@ h2 { font-size: 1.2rem; margin-top: 2.2rem;
   border-bottom: 1px solid var(--line); }
 p, li, figcaption { max-width: 44rem; }
 .soft, figcaption, small { color: var(--soft); }
-small { font-size: .78rem; }
+small { font-size: .8em; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+table { border-collapse: separate; border-spacing: 0;
+  font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .6rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
 th:first-child { text-align: left; position: sticky; left: 0;
@@ -53,6 +54,8 @@ td small, th small { display: block; font-weight: normal; }
 .gaps { background: var(--warn); padding: .6rem 1rem; border-radius: .4rem; }
 .gaps li { overflow-wrap: anywhere; }
 figure { margin: 1rem 0; }
+.beside { display: flex; flex-wrap: wrap; gap: 0 1.5rem; }
+.beside figure { margin: .5rem 0; }
 figure img { display: block; max-width: 100%; height: auto; background: #fff;
   border-radius: .3rem; }
 pre { overflow-x: auto; font-size: .8rem; border: 1px solid var(--line);
@@ -60,7 +63,8 @@ pre { overflow-x: auto; font-size: .8rem; border: 1px solid var(--line);
 @media print { :root { --ink: #000; --paper: #fff; --soft: #444;
   --line: #bbb; --best: #e3f1e4; }
   body { font-size: 10pt; max-width: none; padding: 0; }
-  .wide { overflow: visible; } table { font-size: 7.5pt; }
+  .wide { overflow: visible; } table { font-size: 8pt; }
+  .beside figure { width: 47%; }
   th, td { padding: .2rem .3rem; } th:first-child { min-width: 0; }
   pre { white-space: pre-wrap; overflow-wrap: anywhere; }
   figure, tr { break-inside: avoid; } h2 { break-after: avoid; } }
@@ -96,19 +100,33 @@ def gaps(sentences: Sequence[str]) -> str:
   )
 
 
-def picture(file: pathlib.Path, figure: Any, *, caption: str) -> str:
-  """Writes a figure as PNG, and returns it with the same bytes inside."""
+def picture(
+  file: pathlib.Path, figure: Any, *, caption: str, told: bool = True
+) -> str:
+  """Writes a figure as PNG, and returns it with the same bytes inside.
+
+  Args:
+    file: the PNG.
+    figure: of matplotlib.
+    caption: what one sees.
+    told: whether it is printed below; a screen reader says it in any case.
+  """
   bytes_ = io.BytesIO()
   figure.savefig(bytes_, format='png', dpi=150)
   file.write_bytes(bytes_.getvalue())
   data = base64.b64encode(bytes_.getvalue()).decode()
   width = round(100 * figure.get_figwidth())
   text = html.escape(caption)
+  below = f'<figcaption>{text}</figcaption>' if told else ''
   return (
     f'<figure><img width="{width}" alt="{text}"'
-    f' src="data:image/png;base64,{data}"><figcaption>{text}</figcaption>'
-    '</figure>'
+    f' src="data:image/png;base64,{data}">{below}</figure>'
   )
+
+
+def side_by_side(figures: Iterable[str]) -> str:
+  """Returns pictures beside each other, as many as the screen has room for."""
+  return f'<div class="beside">{"".join(figures)}</div>'
 
 
 def table(
@@ -120,7 +138,7 @@ def table(
     head: texts of the columns.
     body: for each row its HTML heading, and its cells as `cell` makes them.
   """
-  columns = ''.join(f'<th>{html.escape(name)}</th>' for name in head)
+  columns = ''.join(f'<th>{heading(name)}</th>' for name in head)
   rows = '\n'.join(
     f'<tr><th>{title}</th>{"".join(cells)}</tr>' for title, cells in body
   )
@@ -133,7 +151,7 @@ def table(
 def heading(text: str, note: str = '') -> str:
   """Returns the text of a cell, with a note below it."""
   small = f'<small>{html.escape(note)}</small>' if note else ''
-  return html.escape(text) + small
+  return _may_break(text) + small
 
 
 def cell(text: str, note: str = '', *, kind: str = '') -> str:
@@ -169,6 +187,12 @@ def score_cell(
 def details(title: str, text: str) -> str:
   """Returns text that is folded away until it is asked for."""
   return (
-    f'<details><summary>{html.escape(title)}</summary>'
+    f'<details><summary>{_may_break(title)}</summary>'
     f'<pre>{html.escape(text)}</pre></details>'
   )
+
+
+def _may_break(text: str) -> str:
+  """Returns HTML that a narrow screen may break within names and paths."""
+  text = html.escape(text)
+  return text.replace('/', '/<wbr>').replace('_', '_<wbr>')

@@ -7,7 +7,7 @@ from calm_jax.reporting import scores
 from calm_jax.reporting.runs import Run
 from calm_jax.reporting.scores import Score
 
-WIDTH = 6.4  # inches; a phone shrinks it to three, and 10 points to five
+WIDTH, NARROW = 5.6, 4.4  # inches; a phone shows about four
 # Told apart with any eyes (Okabe and Ito); frozen models are grey.
 _COLOURS = (
   '#0072b2',
@@ -32,35 +32,33 @@ def colours(trained: Sequence[str], frozen: Sequence[str]) -> dict[str, str]:
 
 
 def score_bars(
-  table: Mapping[str, Mapping[str, Score]],
-  titles: Mapping[str, str],
-  colour: Mapping[str, str],
+  cells: Mapping[str, Score], title: str, colour: Mapping[str, str]
 ) -> Any:
-  """Draws a panel of bars for each row of the table, with its deviations."""
-  names = list(next(iter(table.values())))
-  figure, panels = _figure(len(table), 0.75 + 0.25 * len(names))
-  for axes, (row, cells) in zip(panels, table.items(), strict=True):
-    means = [cells[name].mean if cells[name].values else 0.0 for name in names]
-    spread = [cells[name].deviation or 0.0 for name in names]
-    axes.barh(names, means, color=[colour[name] for name in names], height=0.75)
-    axes.errorbar(means, names, xerr=spread, fmt='none', ecolor='#222', lw=1)
-    places = scores.digits(cells)
-    for mean, error, name in zip(means, spread, names, strict=True):
-      text = f'{mean:.{places}f}' if cells[name].values else 'not measured'
-      axes.annotate(
-        text,
-        (max(mean + error, 0.0), name),
-        xytext=(4, 0),
-        textcoords='offset points',
-        va='center',
-        fontsize=9,
-      )
-    largest = max(m + e for m, e in zip(means, spread, strict=True))
-    top = 100.0 if 1 < largest <= 100 else max(largest, 0.001)
-    axes.set_xlim(min(0.0, *means), 1.13 * top)
-    axes.set_title(titles[row], fontsize=11, loc='left')
-    axes.invert_yaxis()
-    axes.tick_params(axis='y', length=0)
+  """Draws one row of the table as bars with their deviations."""
+  names, places = list(cells), scores.digits(cells)
+  figure, (axes,) = _figure(1, 0.45 + 0.22 * len(names), width=NARROW)
+  means = [cells[name].mean if cells[name].values else 0.0 for name in names]
+  spread = [cells[name].deviation or 0.0 for name in names]
+  axes.barh(names, means, color=[colour[name] for name in names], height=0.75)
+  axes.errorbar(means, names, xerr=spread, fmt='none', ecolor='#222', lw=1)
+  for mean, error, name in zip(means, spread, names, strict=True):
+    text = f'{mean:.{places}f}' if cells[name].values else 'not measured'
+    axes.annotate(
+      text,
+      (max(mean + error, 0.0), name),
+      xytext=(4, 0),
+      textcoords='offset points',
+      va='center',
+      fontsize=9,
+    )
+  largest = max(m + e for m, e in zip(means, spread, strict=True))
+  whole = 100.0 if places == 1 else 1.0
+  axes.set_xlim(min(0.0, *means), 1.15 * max(largest, whole))
+  figure.suptitle(title, fontsize=10, x=0.02, ha='left')
+  axes.invert_yaxis()
+  axes.tick_params(axis='y', length=0)
+  axes.set_xticks([])  # the bars bear their values
+  axes.spines['bottom'].set_visible(False)
   return figure
 
 
@@ -143,7 +141,7 @@ def loss_curves(
   _plain_ticks(axes.yaxis)
   axes.set_xlabel('step')
   axes.set_ylabel('training loss (nats per target token)')
-  axes.legend(frameon=False, fontsize=9, ncols=2)
+  figure.legend(frameon=False, fontsize=9, ncols=4, loc='outside upper left')
   return figure
 
 
@@ -180,7 +178,7 @@ def ablations(
   rows = below.subplots(1, 2, sharey=True, width_ratios=(1, 1.2))
   palette = colours(labels, ())
   _against_number(points, measured, runs, palette)
-  points.set_ylabel(title, fontsize=9)
+  points.set_title(title, fontsize=10, loc='left')
   places, quality = rows
   for y, label in enumerate(labels):
     one = measured[label]
@@ -208,12 +206,12 @@ def ablations(
   places.set_xticks(ticks, ['emb' if t < 0 else str(t) for t in ticks])
   places.set_yticks(range(len(labels)), labels)
   places.set_ylim(len(labels) - 0.5, -0.5)
-  places.set_xlabel('anchor block that reads (emb: before block 0)', fontsize=9)
+  places.set_xlabel('into anchor block', fontsize=9)
   places.grid(axis='x', color='#eee')
   places.tick_params(axis='y', length=0)
   quality.tick_params(axis='y', length=0)
   quality.margins(x=0.2)
-  quality.set_xlabel(title, fontsize=9)
+  quality.set_xlabel(title.rpartition(', ')[2], fontsize=9)
   _bare(points, places, quality)
   return figure
 
@@ -229,6 +227,7 @@ def _against_number(
   palette: Mapping[str, str],
 ) -> None:
   """Draws a point for each label; labels of near points move apart."""
+  numbers = sorted({len(run.connections) for run in runs.values()})
   taken: list[tuple[int, float]] = []
   shown = {k: one for k, one in measured.items() if one.values}
   span = max((s.mean for s in shown.values()), default=1.0) or 1.0
@@ -242,18 +241,19 @@ def _against_number(
       if other == number and height - at < 0.07 * span:
         height = at + 0.07 * span
     taken.append((number, height))
+    left = number == numbers[-1] > numbers[0]  # else it would be cut off
     axes.annotate(
       label,
       (number, height),
-      xytext=(8, 0),
+      xytext=(-8 if left else 8, 0),
       textcoords='offset points',
+      ha='right' if left else 'left',
       va='center',
       fontsize=9,
       color=palette[label],
     )
-  numbers = sorted({len(run.connections) for run in runs.values()})
   axes.set_xticks(numbers)
-  axes.set_xlim(numbers[0] - 0.5, numbers[-1] + 1.2)
+  axes.set_xlim(numbers[0] - 0.5, numbers[-1] + 0.5)
   axes.margins(y=0.2)
   axes.set_xlabel('number of connections')
 
@@ -267,11 +267,13 @@ def _mean_curve(
   return steps, [sum(one[s] for one in by_step) / len(by_step) for s in steps]
 
 
-def _figure(panels: int, height: float) -> tuple[Any, Sequence[Any]]:
+def _figure(
+  panels: int, height: float, *, width: float = WIDTH
+) -> tuple[Any, Sequence[Any]]:
   from matplotlib import figure as figure_lib
 
   figure = figure_lib.Figure(
-    figsize=(WIDTH, height * panels), layout='constrained'
+    figsize=(width, height * panels), layout='constrained'
   )
   axes = figure.subplots(panels, 1, squeeze=False)[:, 0]
   _bare(*axes)

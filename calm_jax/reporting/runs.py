@@ -26,7 +26,6 @@ class Run:
     results: of eval/results.json: metrics by system and 'task/split'.
     connections: of a composition.
     rank: of LoRA.
-    fingerprints: of the frozen models by name.
     trained_params: how many parameters were trained; None if not written yet.
     config: its config.gin, or None.
     gaps: what is missing, in sentences.
@@ -38,7 +37,6 @@ class Run:
   results: Results
   connections: tuple[Connection, ...]
   rank: int | None
-  fingerprints: Mapping[str, str]
   trained_params: int | None
   config: str | None
   gaps: tuple[str, ...]
@@ -95,7 +93,6 @@ def read_run(directory: str, *, column: str) -> Run:
     results=_read_results(path / 'eval' / 'results.json', gaps),
     connections=connections,
     rank=rank,
-    fingerprints=content.get('fingerprints', {}),
     trained_params=_count(path, system, gaps),
     config=gin.read_text() if gin.is_file() else None,
     gaps=tuple(gaps),

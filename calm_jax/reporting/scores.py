@@ -131,20 +131,21 @@ def change(
       before += own
       after += then
   differences = [b - a for a, b in zip(before, after, strict=True)]
-  if len(set(before)) == 1:
-    before = before[:1]
-  return tuple(
-    Score(tuple(values), runs=len(runs))
-    for values in (before, after, differences)
+  same = len(set(before)) == 1  # one frozen model, measured more than once
+  return (
+    Score(tuple(before[:1])) if same else Score(tuple(before), len(runs)),
+    Score(tuple(after), len(runs)),
+    Score(tuple(differences), len(runs)),
   )
 
 
 def best(cells: Mapping[str, Score]) -> set[str]:
-  """Returns the columns with the highest mean, as it is shown."""
+  """Returns the columns with the highest mean, as shown; none if all have."""
   means = {name: one.mean for name, one in cells.items() if one.values}
   shown = {name: f'{mean:.{digits(cells)}f}' for name, mean in means.items()}
   top = max(means, key=means.get, default=None)
-  return {name for name in shown if shown[name] == shown[top]}
+  found = {name for name in shown if shown[name] == shown[top]}
+  return found if len(found) < len(shown) else set()
 
 
 def digits(cells: Mapping[str, Score]) -> int:
@@ -188,6 +189,9 @@ class Table:
       variants: more runs, of which only the metrics are chosen.
       metrics: as in `choose_metrics`.
     """
+    if not columns:
+      raise ValueError('report.columns is empty: name a column and its runs.')
+    _check_composed(variants)
     twice = sorted(plain.keys() & columns.keys())
     if twice:
       raise ValueError(
@@ -214,13 +218,19 @@ class Table:
         cells[row][name] = score(runs, runs[0].system, row, chosen[row])
     return cls(chosen, cells, tuple(plain), tuple(columns))
 
-  def check_row(self, row: str) -> None:
-    """Raises ValueError if there are scores, and none of this row."""
-    if self.metrics and row not in self.metrics:
-      raise ValueError(
-        f'{row!r} is no evaluated task. Evaluated are {list(self.metrics)};'
-        " a task is given as 'task/split'."
-      )
+  def check_rows(self, rows: Iterable[str]) -> None:
+    """Raises ValueError if there are scores, and none of one of these."""
+    for row in rows:
+      if self.metrics and row not in self.metrics:
+        raise ValueError(
+          f'{row!r} is no evaluated task. Evaluated are {list(self.metrics)};'
+          " a task is given as 'task/split'."
+        )
+
+  def last_row(self, *, besides: Sequence[str]) -> str | None:
+    """Returns the last row that is none of these, or None."""
+    rows = [row for row in self.metrics if row not in besides]
+    return rows[-1] if rows else None
 
   def gaps(self) -> list[str]:
     """Returns what is missing of the table, or cannot be compared."""
@@ -238,7 +248,7 @@ class Table:
     return found
 
 
-def check_composed(variants: Mapping[str, Sequence[Run]]) -> None:
+def _check_composed(variants: Mapping[str, Sequence[Run]]) -> None:
   """Raises ValueError if a variant of the mapping is no composition."""
   for name, runs in variants.items():
     if not runs[0].connections:

@@ -26,21 +26,25 @@ def scores(out: pathlib.Path, table: Table) -> str:
     if counts:
       note += f', {" or ".join(f"{n:,}" for n in counts)} examples'
     body.append((page.heading(row, note), page.score_row(cells)))
-  figure = pictures.score_bars(
-    table.cells, table.metrics, pictures.colours(table.names, table.plain)
-  )
+  colour = pictures.colours(table.names, table.plain)
+  drawn = [
+    page.picture(
+      out / f'scores_{row.replace("/", "_")}.png',
+      pictures.score_bars(cells, f'{row}, {table.metrics[row]}', colour),
+      caption=f'{row}: mean, and a line of ± one deviation.',
+      told=False,
+    )
+    for row, cells in table.cells.items()
+  ]
   return page.section(
     'Scores',
     page.paragraph(
       'Mean ± standard deviation over n runs that differ by seed; the best of a'
-      ' row is marked. Models that nothing has trained are measured once.'
+      ' row is marked. Models that nothing has trained are measured once. The'
+      ' same as bars below.'
     ),
     page.table(['', *table.plain, *table.names], body),
-    page.picture(
-      out / 'scores.png',
-      figure,
-      caption='The table as bars; lines: ± one deviation.',
-    ),
+    page.side_by_side(drawn),
   )
 
 
@@ -175,7 +179,7 @@ def ablations(
         ],
       )
     )
-  head = ['', shown, 'connections', 'augmenting → anchor block']
+  head = ['', table.metrics[task], 'connections', 'augmenting → anchor block']
   return page.section(
     title,
     page.picture(
@@ -198,6 +202,7 @@ def attention(out: pathlib.Path, found: AttentionMap | None) -> str:
       out / f'attention_{key}.png',
       found.plot([key]),
       caption=f'{one.title}: weights, mean of the heads.',
+      told=False,
     )
     for key, one in found.connections.items()
   ]
@@ -206,11 +211,11 @@ def attention(out: pathlib.Path, found: AttentionMap | None) -> str:
     page.paragraph(
       f'Prompt “{prompt.strip()}”, answer “{answer.strip()}”. A row is a'
       ' position of the anchor; blue is what it reads there of the augmenting'
-      ' model; grey may not be read. Below the orange line is the answer. A'
-      ' gate, the mean over the heads, multiplies what is read: where it is near'
-      ' 0, nothing comes through.'
+      ' model, the mean of the heads; grey may not be read. Below the orange'
+      ' line is the answer. A gate, the mean of the heads too, multiplies what'
+      ' is read: where it is near 0, nothing comes through.'
     ),
-    *drawn,
+    page.side_by_side(drawn),
   )
 
 
@@ -259,12 +264,21 @@ def costs(columns: Columns) -> str:
 
 def settings(columns: Columns) -> str:
   """Returns the configurations to be unfolded."""
-  parts = []
+  named: dict[pathlib.Path, tuple[str, Run]] = {}
   for name, runs in columns.items():
     for run in runs:
-      text = run.config or 'It holds no config.gin.'
-      parts.append(page.details(f'{name}: {run.directory}', text))
-  return page.section('Configurations', *parts)
+      named.setdefault(run.directory, (name, run))
+  parts = [
+    page.details(
+      f'{name}: {run.directory}', run.config or 'It holds no config.gin.'
+    )
+    for name, run in named.values()
+  ]
+  text = (
+    'What each run has read. Saved as a file, it makes the run again: python -m'
+    ' calm_jax.train --gin_file=FILE, with a new MODEL_DIR in it.'
+  )
+  return page.section('Configurations', page.paragraph(text), *parts)
 
 
 def _count(values: Sequence[float | None], *, short: bool = False) -> str:
