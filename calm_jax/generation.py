@@ -103,7 +103,9 @@ class Generator:
       prompts: ids, at least one each.
       readings: by name of each reader, the same prompts as it reads them.
       max_new_tokens: at most so many tokens each.
-      stop: texts before the first of which a continuation ends.
+      stop: texts before the first of which a continuation ends; sought in the
+        tokens' bytes, in which a vocabulary that marks the ends of words has no
+        spaces.
       config: how tokens are chosen.
       batch_size: prompts decoded at once; at most `BATCH` if None.
       seeds: of each prompt; their numbers if None.
@@ -199,7 +201,7 @@ class Text:
   """One continuation, as it grows."""
 
   def __init__(self, vocabulary: Vocabulary, stop: Sequence[str]):
-    self.ended = False
+    self.ended = self._is_cut = False
     self._vocabulary = vocabulary
     self._stop = [text.encode() for text in stop]
     self._tokens: list[int] = []
@@ -227,12 +229,18 @@ class Text:
     ]
     found = [start for start in starts if start >= 0]
     if found:
-      self._bytes, self.ended = self._bytes[: min(found)], True
+      self._bytes = self._bytes[: min(found)]
+      self.ended = self._is_cut = True
 
   def result(self) -> Continuation:
-    return Continuation(
-      self._bytes.decode('utf-8', errors='replace'), self._tokens, self.ended
-    )
+    text = self._bytes.decode('utf-8', errors='replace')
+    if not self._is_cut:
+      # A vocabulary may write more than its tokens' bytes, such as the spaces
+      # between words of which it marks the ends; what it leaves out at the
+      # beginning is a space that is the text's own.
+      whole = self._vocabulary.decode(self._tokens)
+      text = text if text.lstrip(' ') == whole.lstrip(' ') else whole
+    return Continuation(text, self._tokens, self.ended)
 
 
 def token_text(vocabulary: Vocabulary, token: int) -> bytes:

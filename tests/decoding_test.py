@@ -121,8 +121,9 @@ class Letters(toys.IdVocabulary):
     return bytes([index]) if index else None
 
   def decode(self, ids):
-    assert list(ids) == [self.unk_id]
-    return '?'
+    pieces = [self.token_bytes(i) or b'' for i in ids if i != self.unk_id]
+    text = b''.join(pieces).decode(errors='replace')
+    return text if self.unk_id not in ids else f'{text} ?'.strip()
 
 
 @pytest.mark.parametrize(
@@ -149,6 +150,26 @@ def test_stop_strings_are_found_in_bytes(
   for first in range(0, len(ids), at_once):
     written.extend(ids[first : first + at_once])
   assert written.result() == generation.Continuation(text, ids[:taken], ended)
+
+
+def test_spaces_are_the_vocabularys_own():
+  """Those it writes between words, and one that is the text's beginning."""
+
+  class Ends(Letters):
+    def decode(self, ids):
+      return ' '.join(map(chr, ids))
+
+  class Begins(Letters):
+    def decode(self, ids):
+      return bytes(ids).decode().removeprefix(' ')
+
+  for vocabulary, said, text in (
+    (Ends(), 'ab-c', 'a b - c'),
+    (Begins(), '  ab c', '  ab c'),
+  ):
+    written = generation.Text(vocabulary, ['x'])
+    written.extend(list(said.encode()))
+    assert written.result().text == text
 
 
 def test_half_a_letter_is_not_lost():

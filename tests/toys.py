@@ -109,3 +109,6 @@ class IdVocabulary:
 
   def token_bytes(self, index):
     return f' {index}'.encode()
+
+  def decode(self, ids):
+    return ' '.join(map(str, ids))
