@@ -221,6 +221,36 @@ def stages_of(
   return train, evaluate
 
 
+def report_of(
+  out: pathlib.Path, answer: str, seeds: Sequence[int], donors: dict[str, str]
+) -> Stage:
+  """Returns the stage that makes a page of all columns of one format."""
+  columns = {
+    report.COLUMNS[name]: tuple(
+      str(out / f'{prefix}{answer}_seed{seed}') for seed in seeds
+    )
+    for name, prefix in (
+      ('composed', ''),
+      *((baseline, f'{baseline}_') for baseline in BASELINES),
+    )
+  }
+  page = out / f'report_{answer}'
+  flags = gin(
+    'runs/report.gin',
+    'models/kv_quick.gin',
+    OUTPUT_DIR=str(page),
+    COLUMNS=columns,
+    PROMPT=report.prompt_of(out / f'{answer}_seed{seeds[0]}'),
+    **donors,
+  )
+  settings = {
+    'title': f'Key-value arithmetic, {answer}',
+    'anchor_tasks': ('numeric_arithmetic_quick/test',),
+  }
+  flags += [f'--gin.report.{k}={v!r}' for k, v in settings.items()]
+  return Stage(page / 'report.html', 'report', *flags)
+
+
 def main() -> None:
   """Runs the stages that the flags ask for, then writes the results."""
   parser = argparse.ArgumentParser(description=__doc__)
@@ -284,6 +314,10 @@ def main() -> None:
   (out / 'results.md').write_text(table)
   report.picture(results, out, seeds, out / 'results.png')
   print(f'\n{table}\nWritten: {out}/results.json, results.md, results.png')
+  if flags.baselines:
+    pages = [report_of(out, answer, seeds, donors) for answer in FORMATS]
+    run(pages)
+    print('Written: ' + ', '.join(str(page.product) for page in pages))
 
 
 if __name__ == '__main__':

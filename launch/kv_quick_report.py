@@ -75,6 +75,13 @@ def _read(run_dir: pathlib.Path) -> dict[str, dict[str, float]]:
   }
 
 
+def prompt_of(run_dir: pathlib.Path) -> str:
+  """Returns a prompt of held-out keys that the run was evaluated with."""
+  (file,) = run_dir.glob('eval/kv_arithmetic*/held_out/composed/*.jsonl')
+  with file.open() as lines:
+    return json.loads(next(lines))['inputs']
+
+
 def markdown(results: dict[str, Any]) -> str:
   """Returns the table, exact match in percent, mean and spread over seeds."""
   lines = [

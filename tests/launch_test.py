@@ -4,9 +4,12 @@ Run: pytest tests/launch_test.py
 """
 
 import importlib
+import json
 import pathlib
 
 import pytest
+
+from calm_jax import gin_setup
 
 LAUNCH = pathlib.Path(__file__).parent.parent / 'launch'
 
@@ -56,3 +59,45 @@ def test_donors_that_are_not_shipped_are_trained_first(
   both = kv_quick.train_donors(tmp_path, 'augmenting', kv_quick.ANCHOR_PARTS)
   assert both['ANCHOR_PATH'].endswith('anchor_final/model')
   assert both['AUGMENTING_PATH'].endswith('augmenting/model')
+
+
+def settings_of(stage):
+  """What the flags of a stage configure."""
+  files, bindings = [], []
+  for flag in stage.command[3:]:
+    name, _, value = flag.partition('=')
+    if name == '--gin_file':
+      files.append(value)
+    else:
+      bindings.append(f'{name.removeprefix("--gin.")} = {value}')
+  entry = stage.command[2].removeprefix('calm_jax.')
+  return gin_setup.configure(entry, gin_files=files, bindings=bindings)
+
+
+def test_every_stage_of_every_column_is_configured(kv_quick, tmp_path):
+  products = set()
+  for baseline in (None, *kv_quick.BASELINES):
+    for stages in kv_quick.stages_of(tmp_path, 3, {}, baseline=baseline):
+      for stage in stages:
+        settings_of(stage)
+        products.add(stage.product.relative_to(tmp_path).as_posix())
+  assert len(products) == 2 * 2 * 6
+  assert {
+    'direct_seed3/composition.safetensors',
+    'lora_direct_seed3/lora.safetensors',
+    'finetuned_scratchpad_seed3/model/model.safetensors',
+    'random_direct_seed3/eval/results.json',
+  } < products
+
+
+def test_the_report_has_all_columns(kv_quick, tmp_path):
+  said = tmp_path / 'direct_seed0/eval/kv_arithmetic_quick/held_out/composed'
+  said.mkdir(parents=True)
+  row = {'inputs': 'ab + c =', 'outputs': ['8']}
+  (said / 'predictions.jsonl').write_text(json.dumps(row) + '\n')
+  stage = kv_quick.report_of(tmp_path, 'direct', [0, 1], {})
+  settings_of(stage)
+  columns = [one for one in stage.command if one.startswith('--gin.COLUMNS')]
+  assert 'lora_direct_seed1' in columns[0]
+  assert columns[0].count('_seed0') == 6
+  assert "--gin.PROMPT='ab + c ='" in stage.command
