@@ -136,6 +136,7 @@ class Letters(toys.IdVocabulary):
     ('aéb#c', [], 'aéb', 4, True),  # EOS
     ('aé', ['b'], 'aé', 3, False),
     ('a~', [], 'a ?', 2, False),  # unknown is not nothing
+    ('a~b', ['b'], 'a ?', 3, True),
     ('aa', ['a'], '', 1, True),
   ],
 )
