@@ -45,7 +45,7 @@ class ConnectionMap:
   title: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class AttentionMap:
   """What each connection reads of one text. A notebook shows it as a picture.
 
@@ -81,6 +81,9 @@ class AttentionMap:
     for axes, key in zip(panels, chosen, strict=True):
       _draw(axes, self.connections[key], self.tokens, self.prompt_length)
     return figure
+
+  def __repr__(self) -> str:
+    return f'AttentionMap({len(self.tokens)} tokens, {list(self.connections)})'
 
   def _repr_png_(self) -> bytes:
     file = io.BytesIO()
