@@ -176,8 +176,21 @@ class Log:
         self._board.add_scalar(name, value, step)
       print(self._line(step, values), flush=True)
 
-  def add(self, step: int, evaluated: Mapping[str, Mapping[str, Any]]) -> None:
-    """Logs the numbers of an evaluation, as 'eval/<task>/<split>/<metric>'."""
+  def add(
+    self,
+    step: int,
+    evaluated: Mapping[str, Mapping[str, Any]],
+    *,
+    seconds: float,
+  ) -> None:
+    """Logs the numbers of an evaluation, as 'eval/<task>/<split>/<metric>'.
+
+    Args:
+      step: steps made by now.
+      evaluated: metrics by 'task/split'; texts among them are left out.
+      seconds: what it took, which is no time of training.
+    """
+    self._then, self._start = self._then + seconds, self._start + seconds
     if self._file is None:
       return
     values = {

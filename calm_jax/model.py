@@ -54,7 +54,11 @@ class Model:
     self.spec = spec
     self.fingerprints = dict(fingerprints or {})
     self.mesh = mesh
-    self.readers = dict(readers or {})
+    self.readers = {
+      name: reader
+      for name, reader in (readers or {}).items()
+      if name in composed.augmenting  # a baseline has left the model out
+    }
     self.report = ''
     self._forward = jax.jit(composed.__call__)
     language = {'vocabulary': spec.vocabulary, 'readers': self.readers}

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 import pathlib
-from typing import Any
+import time
 
 import jax
 from jax.sharding import Mesh
@@ -11,6 +11,7 @@ from calm_jax import (
   assembly,
   checkpoints,
   evaluation,
+  metrics,
   run_files,
   sharding,
   train_state,
@@ -126,13 +127,16 @@ def start(
 def evaluate(
   evaluator: evaluation.Evaluator,
   speaker: Model,
+  log: metrics.Log,
   directory: pathlib.Path,
   step: int,
-) -> dict[str, dict[str, Any]]:
+) -> None:
   """Evaluates the model as it is after a step, in `eval/` of the run."""
-  return evaluator(
+  begun = time.perf_counter()
+  found = evaluator(
     speaker.decode, directory=directory / 'eval', label=str(step), say=say
   )
+  log.add(step, found, seconds=time.perf_counter() - begun)
 
 
 def export_trained(

@@ -98,7 +98,7 @@ def train(
   """
   # --- Check and describe, without allocating -------------------------------
   directory = pathlib.Path(model_dir).expanduser()
-  model, augmenting = assembly.build_trained(
+  model, kept = assembly.build_trained(
     trainable,
     anchor,
     augmenting=augmenting or {},
@@ -111,7 +111,7 @@ def train(
   evaluator.check()
   boxed = jax.eval_shape(model.init_params, jax.random.key(random_seed))
   places = sharding.param_shardings(boxed, mesh)
-  readers = assembly.build_readers(anchor, augmenting, composition)
+  readers = assembly.build_readers(anchor, augmenting or {}, composition)
   batches = make_batches(
     batch_size=batch_size,
     seed=random_seed,
@@ -123,7 +123,7 @@ def train(
   stages.say(metrics.describe(model, shapes, trainable=trainable))
 
   # --- Frozen weights --------------------------------------------------------
-  specs = {'anchor': anchor, **augmenting} if trainable != 'anchor' else {}
+  specs = {'anchor': anchor, **kept} if trainable != 'anchor' else {}
   frozen = stages.load_frozen(directory, model, specs, mesh, random_seed)
   if summarize_config is not None and jax.process_index() == 0:
     summarize_config(directory)
@@ -179,7 +179,7 @@ def train(
         saved.save(state, data_state=feed.state())
       if evaluator.tasks and is_due(step, evaluator.every):
         speaker.params = {**frozen, **state.params}
-        log.add(step, stages.evaluate(evaluator, speaker, directory, step))
+        stages.evaluate(evaluator, speaker, log, directory, step)
 
   # --- Export ----------------------------------------------------------------
   stages.export_trained(directory, model, anchor, state.params, export_dtype)

@@ -270,3 +270,26 @@ def test_metrics_are_cut_to_the_restored_step(tmp_path):
   assert read[2]['train/tokens_per_second'] == pytest.approx(
     6 / read[2]['train/seconds_per_step']
   )
+
+
+def test_evaluation_is_no_time_of_training(tmp_path, monkeypatch):
+  now = [100.0]
+  monkeypatch.setattr(metrics.time, 'perf_counter', lambda: now[0])
+  log = metrics.Log(
+    tmp_path,
+    steps=(0, 9),
+    schedule=lambda step: 0.5,
+    step_flops=lambda batch: 1.0,
+  )
+  log.start({'decoder_input_tokens': np.zeros((2, 3))}, 0.0)
+  now[0] += 50 + 2
+  log.add(2, {'task/test': {'match': 0.5, 'signature': 'x'}}, seconds=50)
+  measured = {'loss': 2.0, 'accuracy': 0.0, 'dropped_targets': 0.0}
+  log.write(5, measured, wait_seconds=0.5)
+  log.close()
+  lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+  scored, trained = map(json.loads, lines)
+  assert scored == {'step': 2, 'eval/task/test/match': 0.5}
+  assert trained['train/seconds_per_step'] == 0.5
+  assert trained['train/tokens_per_second'] == 12
+  assert trained['train/data_wait_percent'] == 25

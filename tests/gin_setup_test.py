@@ -92,12 +92,7 @@ def test_every_shipped_experiment_builds(file, monkeypatch, tmp_path):
   """Up to the shapes and the shardings of all parameters."""
   bindings = ["MODEL_DIR = '/nowhere'"]
   if 'AUGMENTING_PATH = %gin.REQUIRED' in file.read_text():
-    words = key_value_tables.pieces_vocabulary(key_value_tables.SIZES['quick'])
-    config = dataclasses.replace(
-      tiny.AUGMENTING, vocab_size=words.size, num_layers=3
-    )
-    toys.model_directory(tmp_path, config, words=words)
-    bindings += [f"AUGMENTING_PATH = '{tmp_path}'"]
+    bindings += pieces_donor(tmp_path)
   if 'MAPPING = %gin.REQUIRED' in file.read_text():
     bindings += ['MAPPING = @LayerMapping.late()', 'LayerMapping.late.n = 1']
   for module, name in (
@@ -115,37 +110,68 @@ def test_every_shipped_experiment_builds(file, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('baseline', ['lora', 'finetuned', 'random', 'encoder'])
-@pytest.mark.parametrize('format_', ['direct', 'scratchpad'])
-def test_every_baseline_is_one_file_more(format_, baseline, monkeypatch):
-  """Up to the model that is trained."""
-  built = []
-  build = assembly.build_trained
+@pytest.mark.parametrize(
+  'experiment',
+  [
+    'kv_quick_direct',
+    'kv_quick_scratchpad',
+    'kv_quick_direct_pieces',
+    'kv_paper',
+  ],
+)
+def test_every_baseline_is_one_file_more(
+  experiment, baseline, monkeypatch, tmp_path
+):
+  """On any experiment, with the batches of the composition."""
+  bindings = ["MODEL_DIR = '/nowhere'"]
+  if experiment.endswith('pieces'):
+    bindings += pieces_donor(tmp_path)
+  if (experiment, baseline) == ('kv_paper', 'random'):
+    pytest.skip('its augmenting model is random already')
+  built, read = [], []
+  build, build_readers = assembly.build_trained, assembly.build_readers
 
-  def build_and_stop(*args, **kwargs):
+  def build_and_keep(*args, **kwargs):
     built.append((*build(*args, **kwargs), kwargs['augmenting']))
-    raise Reached
+    return built[-1][:2]
 
-  monkeypatch.setattr(assembly, 'build_trained', build_and_stop)
+  def readers_and_keep(*args, **kwargs):
+    read.append(build_readers(*args, **kwargs))
+    return read[-1]
+
+  monkeypatch.setattr(assembly, 'build_trained', build_and_keep)
+  monkeypatch.setattr(assembly, 'build_readers', readers_and_keep)
+  monkeypatch.setattr(run_stages, 'load_frozen', stop)
   entry = gin_setup.configure(
     'train',
-    gin_files=[
-      f'experiments/kv_quick_{format_}.gin',
-      f'baselines/{baseline}.gin',
-    ],
-    bindings=["MODEL_DIR = '/nowhere'"],
+    gin_files=[f'experiments/{experiment}.gin', f'baselines/{baseline}.gin'],
+    bindings=bindings,
   )
   with pytest.raises(Reached):
     entry()
   ((model, specs, described),) = built
-  assert described['augmenting'].weights == (
-    'random' if baseline == 'random' else 'pretrained'
+  is_random = baseline == 'random' or experiment == 'kv_paper'
+  weights = 'random' if is_random else 'pretrained'
+  assert described['augmenting'].weights == weights
+  is_encoder, is_alone = (
+    baseline == 'encoder',
+    baseline in ('lora', 'finetuned'),
   )
-  assert model.prompt_only == (
-    {'augmenting'} if baseline == 'encoder' else set()
-  )
-  is_alone = baseline in ('lora', 'finetuned')
+  assert model.prompt_only == ({'augmenting'} if is_encoder else set())
   assert (not model.connections, not specs) == (is_alone, is_alone)
   assert (model.lora is not None) == (baseline == 'lora')
+  has_reader = is_encoder or experiment.endswith('pieces')
+  assert set(read[0]) == ({'augmenting'} if has_reader else set())
+
+
+def pieces_donor(directory):
+  """Writes an m_A of another vocabulary; returns the binding that names it."""
+  words = key_value_tables.pieces_vocabulary(key_value_tables.SIZES['quick'])
+  config = dataclasses.replace(
+    tiny.AUGMENTING, vocab_size=words.size, num_layers=3
+  )
+  toys.model_directory(directory, config, words=words)
+  return [f"AUGMENTING_PATH = '{directory}'"]
 
 
 @pytest.mark.parametrize('setting', [None, 'paper', 'no_positions'])
