@@ -6,7 +6,8 @@ log-likelihood over length ** length_penalty. The search of a prompt is over
 when it has K hypotheses aside and no live one is better than the worst of them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import flax.struct
 import jax
@@ -17,7 +18,6 @@ from calm_jax.array_types import Array, Params
 from calm_jax.composition import ComposedLM
 from calm_jax.decoding import DecodeState, Transcripts
 from calm_jax.sampling import DecodingConfig
-from calm_jax.sources import AugmentingTokens
 
 _WORST = -1e9  # the score of a hypothesis that is none
 
@@ -56,55 +56,24 @@ class BeamState:
 
 
 def start(
-  params: Params,
-  tokens_BT: Array,
-  lengths_B: Array,
-  seeds_BN: Array,
-  last_step: Array,
-  augmenting: Mapping[str, AugmentingTokens],
-  transcripts: Transcripts,
-  *,
-  model: ComposedLM,
-  room: int,
-  config: DecodingConfig,
-  eos_ids: Sequence[int],
+  *prompts: Any, config: DecodingConfig, eos_ids: Sequence[int], **settings: Any
 ) -> BeamState:
   """Reads the prompts; the likeliest K first tokens begin the hypotheses.
 
-  The arguments are those of `decoding.start`; `seeds_BN` is not used.
+  The arguments are those of `decoding.start`, with seeds for K rows of each
+  prompt, which are not used.
   """
-  del seeds_BN
-  logits_BV, cache, used_B = decoding.prefill(
-    params,
-    tokens_BT,
-    lengths_B,
-    augmenting,
-    transcripts,
-    model=model,
-    room=room,
-  )
-  B, K = len(logits_BV), config.num_beams
-  rows = jnp.repeat(jnp.arange(B), K)
-  filler = jnp.full((B * K, room), decoding.filler(eos_ids), jnp.int32)
-  live = DecodeState(
-    cache=cache.take_rows(rows),
-    used_B=jax.tree.map(lambda x: x[rows], used_B),
-    lengths_B=lengths_B[rows],
-    seeds_B=jnp.zeros(B * K, jnp.uint32),
-    step=jnp.int32(0),
-    last_step=jnp.int32(last_step),
-    tokens_BM=filler,
-    ended_B=jnp.zeros(B * K, bool),
-  )
+  logits_RV, live = decoding.begin(*prompts, eos_ids=eos_ids, **settings)
+  K, (R, M) = config.num_beams, live.tokens_BM.shape
   # All hypotheses are empty, and one of them is enough.
   first_K = jnp.where(jnp.arange(K) == 0, 0.0, _WORST)
   state = BeamState(
     live=live,
-    scores_BK=jnp.broadcast_to(first_K, (B, K)),
-    aside_BKM=filler.reshape(B, K, room),
-    aside_scores_BK=jnp.full((B, K), _WORST),
+    scores_BK=jnp.broadcast_to(first_K, (R // K, K)),
+    aside_BKM=live.tokens_BM.reshape(R // K, K, M),
+    aside_scores_BK=jnp.full((R // K, K), _WORST),
   )
-  return _choose(state, logits_BV[rows], config, eos_ids)
+  return _choose(state, logits_RV, config, eos_ids)
 
 
 def advance(

@@ -6,6 +6,7 @@ section 3.1); models with a vocabulary of their own read its bytes.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import flax.struct
 import jax
@@ -92,7 +93,7 @@ def prefill(
   return logits_B1V[:, 0], cache, used_B
 
 
-def start(
+def begin(
   params: Params,
   tokens_BT: Array,
   lengths_B: Array,
@@ -103,26 +104,24 @@ def start(
   *,
   model: ComposedLM,
   room: int,
-  config: DecodingConfig,
   eos_ids: Sequence[int],
-) -> DecodeState:
-  """Reads the prompts and chooses a first token for each of N samples.
+) -> tuple[Array, DecodeState]:
+  """Reads the prompts, each for N rows; nothing is chosen yet.
 
   Args:
     params: as in `prefill`, and so the other arguments that it has.
     tokens_BT: as there.
     lengths_B: as there.
-    seeds_BN: uint32, of each sample.
+    seeds_BN: uint32, of each row.
     last_step: int32 scalar, how many tokens will be chosen at most.
     augmenting: as in `prefill`.
     transcripts: as in `prefill`.
     model: as in `prefill`.
     room: as in `prefill`.
-    config: how tokens are chosen.
     eos_ids: each ends a row.
 
   Returns:
-    The state of B N rows, the samples of a prompt side by side.
+    The logits [B N, V], and the state at step 0, rows of a prompt side by side.
   """
   logits_BV, cache, used_B = prefill(
     params,
@@ -145,7 +144,22 @@ def start(
     tokens_BM=jnp.full((B * N, room), filler(eos_ids), jnp.int32),
     ended_B=jnp.zeros(B * N, bool),
   )
-  return _choose(state, logits_BV[rows], config, eos_ids)
+  return logits_BV[rows], state
+
+
+def start(
+  *prompts: Any, config: DecodingConfig, eos_ids: Sequence[int], **settings: Any
+) -> DecodeState:
+  """Reads the prompts, and chooses a first token for each of N samples.
+
+  Args:
+    *prompts: as in `begin`.
+    config: how tokens are chosen.
+    eos_ids: each ends a row.
+    **settings: as in `begin`.
+  """
+  logits_BV, state = begin(*prompts, eos_ids=eos_ids, **settings)
+  return _choose(state, logits_BV, config, eos_ids)
 
 
 def advance(

@@ -129,6 +129,7 @@ class Generator:
     seeds = range(len(prompts)) if seeds is None else seeds
     if batch_size is None:
       batch_size = min(BATCH, round_up(len(prompts), smallest=1))
+    each = max(config.num_samples, config.num_beams)
     # Rows of like length share a batch; results go back to their places.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     results: list[list[Continuation]] = [[] for _ in prompts]
@@ -142,7 +143,7 @@ class Generator:
           name: [of_prompts[i] for i in filled]
           for name, of_prompts in (readings or {}).items()
         },
-        seeds_BN=_seeds([seeds[i] for i in filled], config.num_samples),
+        seeds_BN=_seeds([seeds[i] for i in filled], each),
         max_new_tokens=max_new_tokens,
         stop=stop,
         config=config,
@@ -163,9 +164,12 @@ class Generator:
     config: DecodingConfig,
   ) -> list[list[Continuation]]:
     """Decodes one batch."""
-    begin, advance = self._compiled(config)
-    tokens_BT, lengths_B = pad(prompts, self._vocabulary.pad_id)
-    state = begin(
+    start, advance = self._compiled(config)
+    limit = longest_text(self._model)
+    before = None if limit is None else limit - max_new_tokens
+    tokens_BT, lengths_B = pad(prompts, self._vocabulary.pad_id, limit=before)
+    after = None if limit is None else limit - tokens_BT.shape[1]
+    state = start(
       params,
       tokens_BT,
       lengths_B,
@@ -173,10 +177,10 @@ class Generator:
       np.int32(max_new_tokens),
       {name: pad_readings(rows) for name, rows in readings.items()},
       self._transcripts,
-      room=round_up(max_new_tokens),
+      room=round_up(max_new_tokens, limit=after),
     )
-    each = max(config.num_samples, config.num_beams)
-    written = [Text(self._vocabulary, stop) for _ in range(len(prompts) * each)]
+    each = seeds_BN.shape[1]
+    written = [Text(self._vocabulary, stop) for _ in range(seeds_BN.size)]
     done, read = 0, np.zeros(len(written), bool)
     while True:
       step, ended_B = int(state.step), np.array(state.ended_B)
@@ -254,22 +258,40 @@ def token_text(vocabulary: Vocabulary, token: int) -> bytes:
   return vocabulary.token_bytes(token) or b''
 
 
-def round_up(length: int, *, smallest: int = 16) -> int:
-  """Returns the next of 1, 2, 3, 4, 6, 8, 12, 16 ... times `smallest`."""
+def round_up(
+  length: int, *, smallest: int = 16, limit: int | None = None
+) -> int:
+  """Returns the next of 1, 2, 3, 4, 6, 8, 12, 16 ... times `smallest`.
+
+  Or the length itself, if that would be above a limit.
+  """
   size = smallest
   while size < length:
     if size * 3 // 2 >= length and size > 1:
-      return size * 3 // 2
-    size *= 2
-  return size
+      size = size * 3 // 2
+    else:
+      size *= 2
+  return size if limit is None or size <= limit else length
+
+
+def longest_text(model: ComposedLM) -> int | None:
+  """Returns how many of the anchor's tokens a model can read; None is all."""
+  shared = model.augmenting.keys() - model.own_tokens
+  towers = [model.anchor, *(model.augmenting[name] for name in shared)]
+  limits = [tower.config.longest for tower in towers]
+  return min((one for one in limits if one is not None), default=None)
 
 
 def pad(
-  prompts: Sequence[Sequence[int]], pad_id: int | None
+  prompts: Sequence[Sequence[int]],
+  pad_id: int | None,
+  *,
+  limit: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Pads prompts on the right, to a length of few."""
+  """Pads prompts on the right, to a length of few; see `round_up`."""
   longest = max(1, *map(len, prompts))  # a model without BOS may read nothing
-  return batches.pad_prompts(prompts, length=round_up(longest), pad_id=pad_id)
+  length = round_up(longest, limit=limit)
+  return batches.pad_prompts(prompts, length=length, pad_id=pad_id)
 
 
 def pad_readings(readings: Sequence[Reading]) -> AugmentingTokens:

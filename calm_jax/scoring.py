@@ -42,6 +42,7 @@ class Scorer:
   ):
     self._vocabulary = vocabulary
     self._readers = dict(readers or {})
+    self._limit = generation.longest_text(model)
     self._score = jax.jit(functools.partial(decoding.score_batch, model=model))
 
   def __call__(
@@ -96,7 +97,7 @@ class Scorer:
       batches.ExampleBatches(
         lambda start: iter(rows[start:]),
         batch_size=batch_size,
-        length=generation.round_up(max(map(_length, rows))),
+        length=generation.round_up(max(map(_length, rows)), limit=self._limit),
         pack=False,
         bos_id=self._vocabulary.bos_id,
         pad_id=self._vocabulary.pad_id,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from calm_jax import composition, decoding, generation, sampling
-from calm_jax.models import stacking
+from calm_jax.models import layers, stacking, transformer
 from tests import tiny, toys
 
 SMALL = dataclasses.replace(tiny.ANCHOR, num_layers=2, window_pattern=(4, None))
@@ -210,6 +210,29 @@ def test_new_lengths_compile_nothing_new():
       prompts = [list(range(length)), [1]]
       fresh(toys.params(ALONE), prompts, max_new_tokens=new, batch_size=2)
   assert sorted(traced) == [(2, 1), (2, 16)]
+
+
+def test_rounding_up_makes_no_text_too_long():
+  """A model whose positions end at 29, with 24 + 5 of them and not 32 + 16."""
+  ends = dataclasses.replace(
+    SMALL,
+    rope_scaling=layers.RopeScaling(
+      kind='dynamic', factor=2.0, original_length=29
+    ),
+  )
+  short = composition.ComposedLM(transformer.DecoderLM(ends))
+  free = composition.ComposedLM(transformer.DecoderLM(SMALL))
+  params = toys.params(free)
+  for length, new in ((24, 5), (25, 4), (3, 20)):
+    prompts = [tiny.tokens((length,)).tolist()]
+    settings = {'max_new_tokens': new, 'batch_size': 1}
+    assert generator(short)(params, prompts, **settings) == generator(free)(
+      params, prompts, **settings
+    )
+  with pytest.raises(
+    ValueError, match='A sequence of 30 positions is longer t'
+  ):
+    generator(short)(params, [[1] * 26], max_new_tokens=4, batch_size=1)
 
 
 DRAWN = sampling.DecodingConfig(temperature=1.0, num_samples=2)

@@ -128,15 +128,19 @@ class TransformerConfig:
   def has_windows(self) -> bool:
     return any(window is not None for window in self.windows)
 
+  @property
+  def longest(self) -> int | None:
+    """The most positions that are defined; None if there is no limit."""
+    scaling = self.rope_scaling
+    is_dynamic = scaling is not None and scaling.kind == 'dynamic'
+    return scaling.original_length if is_dynamic else None
+
   def check_length(self, length: int) -> None:
     """Raises ValueError if rotary positions are not defined so far."""
-    scaling = self.rope_scaling
-    if scaling is None or scaling.kind != 'dynamic':
-      return
-    if length > scaling.original_length:
+    if self.longest is not None and length > self.longest:
       raise ValueError(
         f'A sequence of {length} positions is longer than the'
-        f' {scaling.original_length} that rope_scaling of kind'
+        f' {self.longest} that rope_scaling of kind'
         " 'dynamic' allows here: beyond, every angle would depend on the length"
         ' of the whole text. Give shorter inputs, or a checkpoint with linear,'
         ' yarn or llama3 scaling.'
