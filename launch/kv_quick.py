@@ -6,6 +6,7 @@ whose product exists is not run again; training resumes at its last checkpoint.
 
 import argparse
 from collections.abc import Iterable, Sequence
+import functools
 import hashlib
 import itertools
 import json
@@ -45,6 +46,7 @@ class Stage:
     self.command = [sys.executable, '-m', f'calm_jax.{module}', *arguments]
     self.log = product.parent / f'{module}.log'
     self._old_lines = 0
+    self._shown = ''
     folder = product.parent
     inside = folder.name in ('eval', 'model')
     self.name = (folder.parent if inside else folder).name
@@ -71,49 +73,62 @@ class Stage:
     lines = self.log.read_text(errors='replace').splitlines()
     return lines[self._old_lines :]
 
+  def has_ended(self, process: subprocess.Popen) -> bool:
+    """Shows the last line of the log that tells how far it is.
 
-def run(stages: Sequence[Stage]) -> None:
-  """Runs the stages that are not finished, side by side where cores allow."""
+    Raises:
+      SystemExit: if the process has failed.
+    """
+    code = process.poll()
+    shows = ('step ', 'Done', 'composed ')
+    lines = [line for line in self.lines() if line.startswith(shows)]
+    if lines and self._shown != lines[-1]:
+      self._shown = lines[-1]
+      print(f'[{self.name}] {self._shown}', flush=True)
+    if code:
+      tail = '\n'.join(self.lines()[-15:])
+      sys.exit(
+        f'{tail}\nerror: the stage of {self.product} ended with code {code};'
+        f' the lines above are the end of {self.log}. Run the same command'
+        ' again to continue.'
+      )
+    return code is not None
+
+
+def run(*chains: Sequence[Stage]) -> None:
+  """Runs the stages that are not finished.
+
+  Args:
+    *chains: stages that follow one another. Chains run side by side, one on
+      each core, and begin in this order.
+  """
   waiting = []
-  for stage in stages:
-    if stage.product.exists():
-      print(f'finished before: {stage.product}')
-    else:
-      waiting.append(stage)
-  at_once = max(1, min(len(waiting), os.cpu_count() or 1))
-  while waiting:
-    now, waiting = waiting[:at_once], waiting[at_once:]
-    running = [(s, s.start(threads=1 if len(now) > 1 else 0)) for s in now]
-    try:
-      _watch(running)
-    finally:
-      for _, process in running:
-        process.terminate()
-      for _, process in running:
-        process.wait()
-
-
-def _watch(running: list[tuple[Stage, subprocess.Popen]]) -> None:
-  """Shows the last line of each log until all have ended."""
-  shown: dict[Stage, str] = {}
-  while True:
-    ended = [process.poll() is not None for _, process in running]
-    for stage, process in running:
-      shows = ('step ', 'Done', 'composed ')
-      lines = [line for line in stage.lines() if line.startswith(shows)]
-      if lines and shown.get(stage) != lines[-1]:
-        shown[stage] = lines[-1]
-        print(f'[{stage.name}] {lines[-1]}', flush=True)
-      if process.poll() not in (None, 0):
-        tail = '\n'.join(stage.lines()[-15:])
-        sys.exit(
-          f'{tail}\nerror: the stage of {stage.product} ended with code'
-          f' {process.returncode}; the lines above are the end of {stage.log}.'
-          ' Run the same command again to continue.'
-        )
-    if all(ended):
-      return
-    time.sleep(0.5)
+  for chain in chains:
+    for stage in chain:
+      if stage.product.exists():
+        print(f'finished before: {stage.product}')
+    left = [stage for stage in chain if not stage.product.exists()]
+    if left:
+      waiting.append(left)
+  at_once = min(len(waiting), os.cpu_count() or 1)
+  running: dict[subprocess.Popen, list[Stage]] = {}
+  try:
+    while waiting or running:
+      while waiting and len(running) < at_once:
+        chain = waiting.pop(0)
+        process = chain[0].start(threads=1 if at_once > 1 else 0)
+        running[process] = chain
+      for process, (stage, *next_ones) in list(running.items()):
+        if stage.has_ended(process):
+          del running[process]
+          if next_ones:
+            waiting.insert(0, next_ones)
+      time.sleep(0.5)
+  finally:
+    for process in running:
+      process.terminate()
+    for process in running:
+      process.wait()
 
 
 def inputs() -> list[pathlib.Path]:
@@ -148,10 +163,10 @@ def gin(*files: str, **macros: object) -> list[str]:
   return [*(f'--gin_file={file}' for file in files), *bindings]
 
 
-def train_donors(
+def donor_chains(
   out: pathlib.Path, augmenting: str | None, anchor_parts: Sequence[str]
-) -> dict[str, str]:
-  """Trains donors from scratch; returns the macros that choose them.
+) -> tuple[list[list[Stage]], dict[str, str]]:
+  """Returns what trains donors from scratch, and the macros that choose them.
 
   Args:
     out: results folder.
@@ -160,65 +175,70 @@ def train_donors(
       before; none for the shipped anchor.
   """
 
+  def model(name):
+    return str(out / 'donors' / name / 'model')
+
   def stage(name, **macros):
     run_dir = out / 'donors' / name
     file = f'experiments/kv_quick_donor_{name}.gin'
     flags = gin(file, MODEL_DIR=str(run_dir), **macros)
     return Stage(run_dir / 'model' / 'model.safetensors', 'train', *flags)
 
-  first = [augmenting, *anchor_parts[:1]]
-  run([stage(name) for name in first if name])
-  for before, name in itertools.pairwise(anchor_parts):
-    run([stage(name, ANCHOR_PATH=str(out / 'donors' / before / 'model'))])
-  chosen = {'AUGMENTING_PATH': augmenting}
-  chosen['ANCHOR_PATH'] = anchor_parts[-1] if anchor_parts else None
-  return {
-    macro: str(out / 'donors' / name / 'model')
-    for macro, name in chosen.items()
-    if name
-  }
+  chains, chosen = [], {}
+  if augmenting:
+    chains.append([stage(augmenting)])
+    chosen['AUGMENTING_PATH'] = model(augmenting)
+  if anchor_parts:
+    begun = zip(anchor_parts, (None, *anchor_parts), strict=False)
+    chains.append(
+      [
+        stage(name, **({'ANCHOR_PATH': model(before)} if before else {}))
+        for name, before in begun
+      ]
+    )
+    chosen['ANCHOR_PATH'] = model(anchor_parts[-1])
+  return chains, chosen
 
 
-def stages_of(
+def chain_of(
   out: pathlib.Path,
   seed: int,
+  answer: str,
   donors: dict[str, str],
   *,
   baseline: str | None = None,
   pieces: bool = False,
-) -> tuple[list[Stage], list[Stage]]:
-  """Returns the training and the evaluation of both formats for one seed.
+) -> list[Stage]:
+  """Returns the training and the evaluation of one run.
 
   Args:
     out: results folder.
     seed: of what is trained.
+    answer: the format, of `FORMATS`.
     donors: the macros that choose them.
     baseline: a key of `BASELINES`, instead of the composition.
     pieces: whether m_A has a vocabulary of its own.
   """
-  ending = '_pieces' if pieces else ''
   file, system = BASELINES.get(baseline, (None, None))
   prefix = f'{baseline}_' if baseline else ''
-  train, evaluate = [], []
-  for answer in FORMATS:
-    run_dir = out / f'{prefix}{answer}_seed{seed}'
-    macros = {'MODEL_DIR': str(run_dir), 'RANDOM_SEED': seed, **donors}
-    product = {
-      'lora': run_dir / 'lora.safetensors',
-      'finetuned': run_dir / 'model' / 'model.safetensors',
-    }.get(baseline, run_dir / 'composition.safetensors')
-    more = [f'baselines/{file}.gin'] if file else []
-    files = [f'experiments/kv_quick_{answer}{ending}.gin', *more]
-    train.append(Stage(product, 'train', *gin(*files, **macros)))
-    # How a run was trained is in its own files; a random m_A is in none.
-    files = [f'experiments/{EVALUATION[answer]}']
-    if baseline == 'random':
-      files += more
-    if system:
-      macros['SYSTEMS'] = (system,)
-    results = run_dir / 'eval' / 'results.json'
-    evaluate.append(Stage(results, 'evaluate', *gin(*files, **macros)))
-  return train, evaluate
+  run_dir = out / f'{prefix}{answer}_seed{seed}'
+  macros = {'MODEL_DIR': str(run_dir), 'RANDOM_SEED': seed, **donors}
+  product = {
+    'lora': run_dir / 'lora.safetensors',
+    'finetuned': run_dir / 'model' / 'model.safetensors',
+  }.get(baseline, run_dir / 'composition.safetensors')
+  more = [f'baselines/{file}.gin'] if file else []
+  ending = '_pieces' if pieces else ''
+  files = [f'experiments/kv_quick_{answer}{ending}.gin', *more]
+  train = Stage(product, 'train', *gin(*files, **macros))
+  # How a run was trained is in its own files; a random m_A is in none.
+  files = [f'experiments/{EVALUATION[answer]}']
+  if baseline == 'random':
+    files += more
+  if system:
+    macros['SYSTEMS'] = (system,)
+  results = run_dir / 'eval' / 'results.json'
+  return [train, Stage(results, 'evaluate', *gin(*files, **macros))]
 
 
 def report_of(
@@ -286,29 +306,33 @@ def main() -> None:
     out = out / 'pieces'
     augmenting = 'augmenting_pieces'
   refuse_changed(inputs(), out)
-  donors = train_donors(out, augmenting, anchor_parts)
+  chains, donors = donor_chains(out, augmenting, anchor_parts)
+  run(*chains)
   started = time.time()
-  columns: list[str | None] = [None]
-  of_column = {None: donors}
-  if flags.baselines:
-    columns += BASELINES
-    vanilla = train_donors(out, VANILLA, ())
-    of_column[VANILLA] = {**donors, **vanilla}
-  for seed in seeds:
-    for column in columns:
-      train, evaluate = stages_of(
-        out,
+  chain = functools.partial(chain_of, out, pieces=flags.pieces)
+  composed = [
+    chain(seed, answer, donors) for seed in seeds for answer in FORMATS
+  ]
+  baselines = BASELINES if flags.baselines else {}
+  chains, vanilla = donor_chains(out, VANILLA if baselines else None, ())
+  run(*chains, *composed)
+  run(
+    *(
+      chain(
         seed,
-        of_column.get(column, donors),
-        baseline=column,
-        pieces=flags.pieces,
+        answer,
+        donors | vanilla if baseline == VANILLA else donors,
+        baseline=baseline,
       )
-      run(train)
-      run(evaluate)
+      for answer in FORMATS
+      for seed in seeds
+      for baseline in baselines
+    )
+  )
   print(
     f'\nTrained and evaluated in {(time.time() - started) / 60:.1f} minutes'
   )
-  results = report.collect(out, seeds, baselines=list(columns[1:]))
+  results = report.collect(out, seeds, baselines=list(baselines))
   (out / 'results.json').write_text(json.dumps(results, indent=2) + '\n')
   table = report.markdown(results)
   (out / 'results.md').write_text(table)
@@ -316,7 +340,7 @@ def main() -> None:
   print(f'\n{table}\nWritten: {out}/results.json, results.md, results.png')
   if flags.baselines:
     pages = [report_of(out, answer, seeds, donors) for answer in FORMATS]
-    run(pages)
+    run(*([page] for page in pages))
     print('Written: ' + ', '.join(str(page.product) for page in pages))
 
 
