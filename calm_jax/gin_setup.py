@@ -79,6 +79,7 @@ def register() -> None:
     import_t5x,
     infer,
     report,
+    sweep,
     train,
   )
 
@@ -87,6 +88,7 @@ def register() -> None:
     'evaluate': evaluate.evaluate,
     'infer': infer.infer,
     'report': report.report,
+    'sweep': sweep.sweep,
     'import_t5x': import_t5x.import_t5x,
     'convert': convert.convert,
     'seqio_batches': seqio_batches,
@@ -142,7 +144,8 @@ def configure(
   """Parses gin files and returns the configured entry function.
 
   Args:
-    entry: 'train', 'evaluate', 'infer', 'report', 'convert' or 'import_t5x'.
+    entry: 'train', 'evaluate', 'infer', 'report', 'sweep', 'convert' or
+      'import_t5x'.
     gin_files: paths, sought as given, in `search_paths`, then in the package.
     bindings: 'NAME = value' statements, applied last.
     search_paths: folders.
@@ -336,6 +339,14 @@ def write_operative_config(directory: pathlib.Path) -> None:
   (directory / 'config.gin').write_text(gin.operative_config_str())
 
 
+def config_of(
+  entry: str, gin_files: Sequence[str], bindings: Sequence[str]
+) -> str:
+  """Returns what `configure` reads, as one gin text; its errors are its own."""
+  configure(entry, gin_files=gin_files, bindings=bindings)
+  return gin.config_str()
+
+
 def main(entry: str) -> None:
   """Runs an entry point from the command line, with T5X's flags."""
   flags.DEFINE_multi_string('gin_file', None, 'A gin file; may be repeated.')
@@ -362,7 +373,17 @@ def _run(entry: str, rest: Sequence[str]) -> None:
       bindings=flags.FLAGS.gin_bindings,
       search_paths=flags.FLAGS.gin_search_paths,
     )
-    function(summarize_config=write_operative_config)
+    offered = {
+      'summarize_config': write_operative_config,
+      'configure': config_of,
+    }
+    function(
+      **{
+        name: one
+        for name, one in offered.items()
+        if name in inspect.signature(function).parameters
+      }
+    )
   except ValueError as error:
     if os.environ.get('CALM_JAX_TRACEBACK'):
       raise

@@ -1,4 +1,4 @@
-"""Turns finished runs into one HTML page, and PNG files beside it.
+"""Turns finished runs into one HTML page, with PNG files and tables beside it.
 
   python -m calm_jax.report --gin_file=runs/report.gin \
       --gin.OUTPUT_DIR="'/tmp/report'" \
@@ -33,7 +33,7 @@ def report(
   random_seed: int = 0,
   summarize_config: Callable[[pathlib.Path], None] | None = None,
 ) -> pathlib.Path:
-  """Writes `report.html`, which needs no other file, and its pictures.
+  """Writes `report.html`, which needs no other file, its pictures and numbers.
 
   Args:
     output_dir: where to.
@@ -73,10 +73,8 @@ def report(
     metrics=metrics or {},
   )
   table.check_rows((*anchor_tasks, *filter(None, [ablation_task])))
-  shown_map = None
-  if prompt is not None:
-    models = anchor, augmenting
-    shown_map = _map(found, prompt, max_new_tokens, models, random_seed)
+  models = anchor, augmenting
+  shown_map = _map(found, prompt, max_new_tokens, models, random_seed)
   out = pathlib.Path(output_dir).expanduser()
   out.mkdir(parents=True, exist_ok=True)
   if summarize_config is not None:
@@ -93,18 +91,21 @@ def report(
     sections.settings(found | variants),
   ]
   page.write(out / 'report.html', title=title, parts=parts)
+  table.write(out)
   print(f'Wrote {out / "report.html"}')
   return out / 'report.html'
 
 
 def _map(
   columns: sections.Columns,
-  prompt: str,
+  prompt: str | None,
   max_new_tokens: int,
   models: tuple[ModelSpec | None, Mapping[str, ModelSpec] | None],
   random_seed: int,
-) -> attention_maps.AttentionMap:
+) -> attention_maps.AttentionMap | None:
   """Lets a composed run answer a prompt, and maps what it reads of both."""
+  if prompt is None:
+    return None
   run = runs.first_composed(columns)
   anchor, augmenting = models
   if anchor is None or not augmenting:

@@ -10,14 +10,13 @@ import functools
 import hashlib
 import itertools
 import json
-import os
 import pathlib
-import shlex
-import subprocess
 import sys
 import time
 
 import kv_quick_report as report
+
+from calm_jax import jobs
 
 FORMATS = ('direct', 'scratchpad')
 EVALUATION = {
@@ -38,97 +37,12 @@ BASELINES = {
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-class Stage:
-  """One command, the file that shows it has ended, and what it prints."""
-
-  def __init__(self, product: pathlib.Path, module: str, *arguments: str):
-    self.product = product
-    self.command = [sys.executable, '-m', f'calm_jax.{module}', *arguments]
-    self.log = product.parent / f'{module}.log'
-    self._old_lines = 0
-    self._shown = ''
-    folder = product.parent
-    inside = folder.name in ('eval', 'model')
-    self.name = (folder.parent if inside else folder).name
-
-  def start(self, threads: int) -> subprocess.Popen:
-    shown = shlex.join(['python', *self.command[1:]])
-    print(f'\n$ {shown}\n  (log: {self.log})', flush=True)
-    self.log.parent.mkdir(parents=True, exist_ok=True)
-    self.log.touch()
-    self._old_lines = len(self.lines())  # of an earlier, interrupted start
-    environment = dict(os.environ)
-    if threads == 1:  # two small programs share two cores best one each
-      flags = environment.get('XLA_FLAGS', '')
-      environment['XLA_FLAGS'] = (
-        f'{flags} --xla_cpu_multi_thread_eigen=false'.strip()
-      )
-    with self.log.open('a') as log:
-      return subprocess.Popen(
-        self.command, stdout=log, stderr=subprocess.STDOUT, env=environment
-      )
-
-  def lines(self) -> list[str]:
-    """Returns what this start has printed so far."""
-    lines = self.log.read_text(errors='replace').splitlines()
-    return lines[self._old_lines :]
-
-  def has_ended(self, process: subprocess.Popen) -> bool:
-    """Shows the last line of the log that tells how far it is.
-
-    Raises:
-      SystemExit: if the process has failed.
-    """
-    code = process.poll()
-    shows = ('step ', 'Done', 'composed ')
-    lines = [line for line in self.lines() if line.startswith(shows)]
-    if lines and self._shown != lines[-1]:
-      self._shown = lines[-1]
-      print(f'[{self.name}] {self._shown}', flush=True)
-    if code:
-      tail = '\n'.join(self.lines()[-15:])
-      sys.exit(
-        f'{tail}\nerror: the stage of {self.product} ended with code {code};'
-        f' the lines above are the end of {self.log}. Run the same command'
-        ' again to continue.'
-      )
-    return code is not None
-
-
-def run(*chains: Sequence[Stage]) -> None:
-  """Runs the stages that are not finished.
-
-  Args:
-    *chains: stages that follow one another. Chains run side by side, one on
-      each core, and begin in this order.
-  """
-  waiting = []
-  for chain in chains:
-    for stage in chain:
-      if stage.product.exists():
-        print(f'finished before: {stage.product}')
-    left = [stage for stage in chain if not stage.product.exists()]
-    if left:
-      waiting.append(left)
-  at_once = min(len(waiting), os.cpu_count() or 1)
-  running: dict[subprocess.Popen, list[Stage]] = {}
-  try:
-    while waiting or running:
-      while waiting and len(running) < at_once:
-        chain = waiting.pop(0)
-        process = chain[0].start(threads=1 if at_once > 1 else 0)
-        running[process] = chain
-      for process, (stage, *next_ones) in list(running.items()):
-        if stage.has_ended(process):
-          del running[process]
-          if next_ones:
-            waiting.insert(0, next_ones)
-      time.sleep(0.5)
-  finally:
-    for process in running:
-      process.terminate()
-    for process in running:
-      process.wait()
+def job(module: str, product: pathlib.Path, *flags: str) -> jobs.Job:
+  """Returns a job named after its run."""
+  folder = product.parent
+  inside = folder.name in ('eval', 'model')
+  name = (folder.parent if inside else folder).name
+  return jobs.Job(module, flags, products=[product], name=name)
 
 
 def inputs() -> list[pathlib.Path]:
@@ -165,7 +79,7 @@ def gin(*files: str, **macros: object) -> list[str]:
 
 def donor_chains(
   out: pathlib.Path, augmenting: str | None, anchor_parts: Sequence[str]
-) -> tuple[list[list[Stage]], dict[str, str]]:
+) -> tuple[list[list[jobs.Job]], dict[str, str]]:
   """Returns what trains donors from scratch, and the macros that choose them.
 
   Args:
@@ -182,7 +96,7 @@ def donor_chains(
     run_dir = out / 'donors' / name
     file = f'experiments/kv_quick_donor_{name}.gin'
     flags = gin(file, MODEL_DIR=str(run_dir), **macros)
-    return Stage(run_dir / 'model' / 'model.safetensors', 'train', *flags)
+    return job('train', run_dir / 'model' / 'model.safetensors', *flags)
 
   chains, chosen = [], {}
   if augmenting:
@@ -208,7 +122,7 @@ def chain_of(
   *,
   baseline: str | None = None,
   pieces: bool = False,
-) -> list[Stage]:
+) -> list[jobs.Job]:
   """Returns the training and the evaluation of one run.
 
   Args:
@@ -230,7 +144,7 @@ def chain_of(
   more = [f'baselines/{file}.gin'] if file else []
   ending = '_pieces' if pieces else ''
   files = [f'experiments/kv_quick_{answer}{ending}.gin', *more]
-  train = Stage(product, 'train', *gin(*files, **macros))
+  train = job('train', product, *gin(*files, **macros))
   # How a run was trained is in its own files; a random m_A is in none.
   files = [f'experiments/{EVALUATION[answer]}']
   if baseline == 'random':
@@ -238,12 +152,12 @@ def chain_of(
   if system:
     macros['SYSTEMS'] = (system,)
   results = run_dir / 'eval' / 'results.json'
-  return [train, Stage(results, 'evaluate', *gin(*files, **macros))]
+  return [train, job('evaluate', results, *gin(*files, **macros))]
 
 
 def report_of(
   out: pathlib.Path, answer: str, seeds: Sequence[int], donors: dict[str, str]
-) -> Stage:
+) -> jobs.Job:
   """Returns the stage that makes a page of all columns of one format."""
   columns = {
     report.COLUMNS[name]: tuple(
@@ -268,7 +182,7 @@ def report_of(
     'anchor_tasks': ('numeric_arithmetic_quick/test',),
   }
   flags += [f'--gin.report.{k}={v!r}' for k, v in settings.items()]
-  return Stage(page / 'report.html', 'report', *flags)
+  return job('report', page / 'report.html', *flags)
 
 
 def main() -> None:
@@ -307,7 +221,7 @@ def main() -> None:
     augmenting = 'augmenting_pieces'
   refuse_changed(inputs(), out)
   chains, donors = donor_chains(out, augmenting, anchor_parts)
-  run(*chains)
+  jobs.run(chains)
   started = time.time()
   chain = functools.partial(chain_of, out, pieces=flags.pieces)
   composed = [
@@ -315,9 +229,9 @@ def main() -> None:
   ]
   baselines = BASELINES if flags.baselines else {}
   chains, vanilla = donor_chains(out, VANILLA if baselines else None, ())
-  run(*chains, *composed)
-  run(
-    *(
+  jobs.run([*chains, *composed])
+  jobs.run(
+    [
       chain(
         seed,
         answer,
@@ -327,7 +241,7 @@ def main() -> None:
       for answer in FORMATS
       for seed in seeds
       for baseline in baselines
-    )
+    ]
   )
   print(
     f'\nTrained and evaluated in {(time.time() - started) / 60:.1f} minutes'
@@ -340,13 +254,17 @@ def main() -> None:
   print(f'\n{table}\nWritten: {out}/results.json, results.md, results.png')
   if flags.baselines:
     pages = [report_of(out, answer, seeds, donors) for answer in FORMATS]
-    run(*([page] for page in pages))
-    print('Written: ' + ', '.join(str(page.product) for page in pages))
+    for page in pages:  # of fewer seeds, maybe
+      page.products[0].unlink(missing_ok=True)
+    jobs.run([page] for page in pages)
+    print('Written: ' + ', '.join(str(page.products[0]) for page in pages))
 
 
 if __name__ == '__main__':
   try:
     main()
+  except jobs.JobError as error:
+    sys.exit(f'error: {error}')
   except KeyboardInterrupt:
     print('\nInterrupted. The same command continues where this one stopped.')
     sys.exit(130)

@@ -6,8 +6,6 @@ Run: pytest tests/launch_test.py
 import importlib
 import json
 import pathlib
-import signal
-import sys
 
 import pytest
 
@@ -58,60 +56,10 @@ def test_donors_that_are_not_shipped_are_trained_first(kv_quick, tmp_path):
   )
   assert names(chains) == [['augmenting'], ['anchor', 'anchor_final']]
   first, last = chains[1]
-  flag = f'--gin.ANCHOR_PATH={str(first.product.parent)!r}'
+  flag = f'--gin.ANCHOR_PATH={str(first.products[0].parent)!r}'
   assert flag in last.command and flag not in first.command
   assert both['ANCHOR_PATH'].endswith('anchor_final/model')
   assert both['AUGMENTING_PATH'].endswith('augmenting/model')
-
-
-def stage_that(kv_quick, product, program):
-  stage = kv_quick.Stage(product, 'train')
-  stage.command = [sys.executable, '-c', program]
-  return stage
-
-
-def write(file, *, after=()):
-  """A program that says what it does, if others have written before it."""
-  checks = '\n'.join(f'assert pathlib.Path({str(f)!r}).exists()' for f in after)
-  return (
-    f'import pathlib\n{checks}\nprint("Done")\n'
-    f'pathlib.Path({str(file)!r}).touch()'
-  )
-
-
-def test_chains_run_in_order_and_once(kv_quick, tmp_path, capsys):
-  a, b, c = (tmp_path / name / 'product' for name in 'abc')
-  chains = [
-    [
-      stage_that(kv_quick, a, write(a)),
-      stage_that(kv_quick, b, write(b, after=[a])),
-    ],
-    [stage_that(kv_quick, c, write(c))],
-  ]
-  kv_quick.run(*chains)
-  assert a.exists() and b.exists() and c.exists()
-  assert '[b] Done' in capsys.readouterr().out
-  kv_quick.run(*chains)
-  said = capsys.readouterr().out.splitlines()
-  assert said == [f'finished before: {product}' for product in (a, b, c)]
-
-
-def test_a_failed_stage_ends_the_others(kv_quick, tmp_path, monkeypatch):
-  monkeypatch.setattr(kv_quick.os, 'cpu_count', lambda: 2)
-  endless = stage_that(
-    kv_quick, tmp_path / 'a' / 'product', 'import time; time.sleep(600)'
-  )
-  started = []
-  start = endless.start
-  endless.start = lambda threads: started.append(start(threads)) or started[-1]
-  fails = stage_that(kv_quick, tmp_path / 'b' / 'product', 'print(1 / 0)')
-  never = stage_that(kv_quick, tmp_path / 'c' / 'product', '')
-  with pytest.raises(
-    SystemExit, match='(?s)ZeroDivisionError.*ended with code'
-  ):
-    kv_quick.run([endless], [fails, never])
-  assert started[0].returncode == -signal.SIGTERM
-  assert not never.log.exists()
 
 
 def settings_of(stage):
@@ -135,7 +83,7 @@ def test_every_stage_of_every_column_is_configured(kv_quick, tmp_path):
         tmp_path, 3, answer, {}, baseline=baseline
       ):
         settings_of(stage)
-        products.add(stage.product.relative_to(tmp_path).as_posix())
+        products.add(stage.products[0].relative_to(tmp_path).as_posix())
   assert len(products) == 2 * 2 * 6
   assert {
     'direct_seed3/composition.safetensors',

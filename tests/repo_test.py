@@ -37,7 +37,7 @@ FLOORS = (
   'train_step sampling decoding beam_search generation scoring evaluation',
   'model run_stages api attention_maps evaluate infer train convert import_t5x'
   ' reporting.runs reporting.scores reporting.pictures reporting.page'
-  ' reporting.sections report gin_setup',
+  ' reporting.sections report jobs sweep gin_setup',
   'contrib.t5x contrib.lm_eval',
 )
 # What a module may import of its own floor.
@@ -100,7 +100,8 @@ WITHIN_A_FLOOR = {
   ' reporting.runs reporting.scores',
   'report': 'attention_maps evaluate reporting.page reporting.runs'
   ' reporting.scores reporting.sections',
-  'gin_setup': 'convert evaluate import_t5x infer report train',
+  'sweep': 'jobs report reporting.runs reporting.scores',
+  'gin_setup': 'convert evaluate import_t5x infer report sweep train',
 }
 # These import nothing of ours.
 NO_FLOOR = {

@@ -130,15 +130,15 @@ def side_by_side(figures: Iterable[str]) -> str:
 
 
 def table(
-  head: Sequence[str], body: Iterable[tuple[str, Sequence[str]]]
+  head: Iterable[str], body: Iterable[tuple[str, Sequence[str]]]
 ) -> str:
   """Returns a table that scrolls sideways.
 
   Args:
-    head: texts of the columns.
-    body: for each row its HTML heading, and its cells as `cell` makes them.
+    head: of the columns, as `heading` makes them.
+    body: for each row its heading, and its cells as `cell` makes them.
   """
-  columns = ''.join(f'<th>{heading(name)}</th>' for name in head)
+  columns = ''.join(f'<th>{title}</th>' for title in head)
   rows = '\n'.join(
     f'<tr><th>{title}</th>{"".join(cells)}</tr>' for title, cells in body
   )
@@ -175,9 +175,7 @@ def score_cell(
   """Returns mean ± deviation, and for how many seeds; or that there is none."""
   if not one.values:
     return cell('—', 'not measured')
-  text = f'{one.mean:{"+" if sign else ""}.{places}f}'
-  if one.deviation is not None:
-    text += f' ± {one.deviation:.{places}f}'
+  text = scores.show(one, places=places, sign=sign)
   count = f'n = {len(one.values)}'
   if len(one.values) < one.runs:
     count += f' of {one.runs}'

@@ -1,13 +1,17 @@
 """Means and deviations over seeds: what the tables and pictures show."""
 
 from collections.abc import Iterable, Mapping, Sequence
+import csv
 import dataclasses
+import io
 import math
+import pathlib
 import statistics
 from typing import Any
 
 from calm_jax.reporting.runs import Run
 
+TABLE_FILE, NUMBERS_FILE = 'results.md', 'results.csv'
 COUNTS = ('num_examples', 'count', 'correct')  # not scores
 
 
@@ -148,6 +152,16 @@ def best(cells: Mapping[str, Score]) -> set[str]:
   return found if len(found) < len(shown) else set()
 
 
+def show(one: Score, *, places: int, sign: bool = False) -> str:
+  """Returns 'mean ± deviation', or a dash where nothing was measured."""
+  if not one.values:
+    return '—'
+  text = f'{one.mean:{"+" if sign else ""}.{places}f}'
+  if one.deviation is not None:
+    text += f' ± {one.deviation:.{places}f}'
+  return text
+
+
 def digits(cells: Mapping[str, Score]) -> int:
   """Returns the decimals of a row: percentages have 1, fractions 3."""
   largest = max((abs(v) for c in cells.values() for v in c.values), default=0)
@@ -231,6 +245,31 @@ class Table:
     """Returns the last row that is none of these, or None."""
     rows = [row for row in self.metrics if row not in besides]
     return rows[-1] if rows else None
+
+  def write(self, directory: pathlib.Path) -> None:
+    """Writes the table as `results.md`, each run's numbers as `results.csv`."""
+    (directory / TABLE_FILE).write_text(self.markdown(), encoding='utf-8')
+    (directory / NUMBERS_FILE).write_text(self.csv(), encoding='utf-8')
+
+  def markdown(self) -> str:
+    """Returns the table, a column a line: mean ± deviation over seeds."""
+    heads = [f'{row}, {self.metrics[row]}' for row in self.cells]
+    lines = [f'| | {" | ".join(heads)} |', f'|---{"|---" * len(heads)}|']
+    for name in (*self.plain, *self.names):
+      texts = [show(c[name], places=digits(c)) for c in self.cells.values()]
+      lines.append(f'| {" | ".join([name, *texts])} |')
+    return '\n'.join(lines) + '\n'
+
+  def csv(self) -> str:
+    """Returns every number that the means are of, one a line."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator='\n')
+    writer.writerow(['column', 'task', 'metric', 'run', 'value'])
+    for row, cells in self.cells.items():
+      for name, one in cells.items():
+        for i, value in enumerate(one.values):
+          writer.writerow([name, row, self.metrics[row], i, value])
+    return text.getvalue()
 
   def gaps(self) -> list[str]:
     """Returns what is missing of the table, or cannot be compared."""

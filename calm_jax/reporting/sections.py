@@ -11,6 +11,7 @@ from calm_jax.reporting.runs import Run
 from calm_jax.reporting.scores import Table
 
 Columns = Mapping[str, Sequence[Run]]
+_WIDE = 8  # columns of a table that a screen shows
 
 
 def scores(out: pathlib.Path, table: Table) -> str:
@@ -19,13 +20,22 @@ def scores(out: pathlib.Path, table: Table) -> str:
     return page.section(
       'Scores', page.paragraph('No run has been evaluated yet.')
     )
-  body = []
+  names = [*table.plain, *table.names]
+  heads, marked = [], []
   for row, cells in table.cells.items():
     counts = sorted({n for one in cells.values() for n in one.examples})
     note = table.metrics[row]
     if counts:
       note += f', {" or ".join(f"{n:,}" for n in counts)} examples'
-    body.append((page.heading(row, note), page.score_row(cells)))
+    heads.append(page.heading(row, note))
+    marked.append(page.score_row(cells))
+  if len(names) > _WIDE:  # a line for each column
+    columns = list(zip(*marked, strict=True))
+    body = list(zip(map(page.heading, names), columns, strict=True))
+    shown = page.table([page.heading(''), *heads], body)
+  else:
+    body = list(zip(heads, marked, strict=True))
+    shown = page.table(map(page.heading, ['', *names]), body)
   colour = pictures.colours(table.names, table.plain)
   drawn = [
     page.picture(
@@ -40,10 +50,10 @@ def scores(out: pathlib.Path, table: Table) -> str:
     'Scores',
     page.paragraph(
       'Mean ± standard deviation over n runs that differ by seed; the best of a'
-      ' row is marked. Models that nothing has trained are measured once. The'
+      ' task is marked. Models that nothing has trained are measured once. The'
       ' same as bars below.'
     ),
-    page.table(['', *table.plain, *table.names], body),
+    shown,
     page.side_by_side(drawn),
   )
 
@@ -94,7 +104,7 @@ def forgetting(
       for name, (before, after, difference) in row.items()
     ]
     head = [f'{task}, {table.metrics[task]}', 'before', 'after', 'change']
-    tables.append(page.table(head, body))
+    tables.append(page.table(map(page.heading, head), body))
   figure = pictures.forgetting(
     changes, pictures.colours(table.names, table.plain)
   )
@@ -185,7 +195,7 @@ def ablations(
     page.picture(
       out / 'ablations.png', figure, caption=f'{shown}, by the connections.'
     ),
-    page.table(head, body),
+    page.table(map(page.heading, head), body),
   )
 
 
@@ -258,7 +268,7 @@ def costs(columns: Columns) -> str:
       ' record the parameters of frozen models, nor MFU on devices whose peak'
       ' is not known.'
     ),
-    page.table(head, body),
+    page.table(map(page.heading, head), body),
   )
 
 

@@ -1,0 +1,148 @@
+"""Commands that make files: chains of them, side by side, each run once.
+
+A job whose product exists is finished and not run again. What a job prints goes
+to a file of its own; the lines that tell how far it is are shown as they come.
+"""
+
+from collections.abc import Iterable, Sequence
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+import time
+
+# Lines that tell how far a job is begin so.
+_PROGRESS = ('step ', 'Done', 'composed ')
+
+
+class JobError(ValueError):
+  """A job has failed; the others were ended, and what they had made stays."""
+
+
+class Job:
+  """One command, its log, and the file that shows it has ended."""
+
+  def __init__(
+    self,
+    module: str,
+    flags: Sequence[str],
+    *,
+    products: Sequence[pathlib.Path],
+    name: str,
+    launcher: Sequence[str] = (),
+  ):
+    """Runs nothing yet.
+
+    Args:
+      module: an entry point of calm_jax, such as 'train'.
+      flags: its flags.
+      products: any of these shows that it has ended; the log goes beside the
+        first.
+      name: as it is called in what is shown.
+      launcher: put before the command, such as ('srun', '--gpus=8').
+    """
+    self.products = products
+    self.name = name
+    self.command = [
+      *launcher,
+      sys.executable,
+      '-m',
+      f'calm_jax.{module}',
+      *flags,
+    ]
+    self.log = products[0].parent / f'{module}.log'
+    self._old_lines = 0
+    self._shown = ''
+
+  def is_finished(self) -> bool:
+    return any(product.exists() for product in self.products)
+
+  def start(self, *, threads: int) -> subprocess.Popen:
+    """Starts the command; with `threads` = 1 it computes on one core."""
+    shown = shlex.join(
+      ['python' if a == sys.executable else a for a in self.command]
+    )
+    print(f'\n$ {shown}\n  (log: {self.log})', flush=True)
+    self.log.parent.mkdir(parents=True, exist_ok=True)
+    self.log.touch()
+    self._old_lines = len(self.lines())  # of an earlier, interrupted start
+    environment = dict(os.environ)
+    if threads == 1:  # two small programs share two cores best one each
+      flags = environment.get('XLA_FLAGS', '')
+      environment['XLA_FLAGS'] = (
+        f'{flags} --xla_cpu_multi_thread_eigen=false'.strip()
+      )
+    with self.log.open('a') as log:
+      return subprocess.Popen(
+        self.command, stdout=log, stderr=subprocess.STDOUT, env=environment
+      )
+
+  def lines(self) -> list[str]:
+    """Returns what this start has printed so far."""
+    lines = self.log.read_text(errors='replace').splitlines()
+    return lines[self._old_lines :]
+
+  def has_ended(self, process: subprocess.Popen) -> bool:
+    """Shows the last line of the log that tells how far it is.
+
+    Raises:
+      JobError: if the process has failed, or has not made its product.
+    """
+    code = process.poll()
+    lines = [line for line in self.lines() if line.startswith(_PROGRESS)]
+    if lines and self._shown != lines[-1]:
+      self._shown = lines[-1]
+      print(f'[{self.name}] {self._shown}', flush=True)
+    if code is None:
+      return False
+    if code or not self.is_finished():
+      tail = '\n'.join(self.lines()[-15:])
+      problem = f'ended with code {code}' if code else 'made no such file'
+      raise JobError(
+        f'{tail}\nThe job that makes {self.products[0]} {problem}; the lines'
+        f' above are the end of {self.log}. Run the same command again to'
+        ' continue.'
+      )
+    return True
+
+
+def run(chains: Iterable[Sequence[Job]], *, at_once: int | None = None) -> None:
+  """Runs the jobs that are not finished.
+
+  Args:
+    chains: jobs that follow one another. Chains run side by side, and begin in
+      this order.
+    at_once: how many chains, one on each core if None. Programs that use an
+      accelerator want it alone: 1.
+
+  Raises:
+    JobError: as soon as one has failed.
+  """
+  waiting = []
+  for chain in chains:
+    for job in chain:
+      if job.is_finished():
+        print(f'finished before: {job.products[0]}')
+    left = [job for job in chain if not job.is_finished()]
+    if left:
+      waiting.append(left)
+  at_once = min(len(waiting), at_once or os.cpu_count() or 1)
+  running: dict[subprocess.Popen, list[Job]] = {}
+  try:
+    while waiting or running:
+      while waiting and len(running) < at_once:
+        chain = waiting.pop(0)
+        process = chain[0].start(threads=1 if at_once > 1 else 0)
+        running[process] = chain
+      for process, (job, *next_ones) in list(running.items()):
+        if job.has_ended(process):
+          del running[process]
+          if next_ones:
+            waiting.insert(0, next_ones)
+      time.sleep(0.5)
+  finally:
+    for process in running:
+      process.terminate()
+    for process in running:
+      process.wait()
