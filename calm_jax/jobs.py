@@ -40,17 +40,13 @@ class Job:
       products: any of these shows that it has ended; the log goes beside the
         first.
       name: as it is called in what is shown.
-      launcher: put before the command, such as ('srun', '--gpus=8').
+      launcher: what runs an entry point elsewhere, given its name and flags,
+        such as ('bash', 'launch/run.sh', 'slurm'); here if empty.
     """
     self.products = products
     self.name = name
-    self.command = [
-      *launcher,
-      sys.executable,
-      '-m',
-      f'calm_jax.{module}',
-      *flags,
-    ]
+    here = [sys.executable, '-m', f'calm_jax.{module}']
+    self.command = [*([*launcher, module] if launcher else here), *flags]
     self.log = products[0].parent / f'{module}.log'
     self._old_lines = 0
     self._shown = ''

@@ -61,7 +61,8 @@ def sweep(
     evaluate_settings: names of settings that the evaluation takes too, such as
       'AUGMENTING_PATH'; how a run was trained it finds in MODEL_DIR.
     at_once: how many runs side by side; None is one on each core.
-    launcher: put before each command, such as ('srun', '--gpus=8').
+    launcher: what runs an entry point elsewhere, given its name and flags,
+      such as ('bash', 'launch/run.sh', 'slurm'); here if empty.
     title: of the page.
     metrics: as in `report`.
     anchor_tasks: as in `report`.

@@ -48,11 +48,17 @@ def job(module: str, product: pathlib.Path, *flags: str) -> jobs.Job:
 def inputs() -> list[pathlib.Path]:
   """Returns the files of the checkout that decide what the stages make."""
   donors = ROOT.glob('tasks/donors/kv_quick/*/model.safetensors')
-  settings = ROOT.glob('gin/*/kv_quick*.gin')
-  others = [
-    ROOT.glob(f'gin/{folder}/*.gin') for folder in ('runs', 'baselines')
+  files = [
+    ROOT.glob(f'gin/{pattern}')
+    for pattern in (
+      'models/kv_quick*',
+      'compositions/kv_quick*',
+      'experiments/kv_quick*',
+      'baselines/*',
+      'runs/*',
+    )
   ]
-  return sorted([*donors, *settings, *itertools.chain(*others)])
+  return sorted([*donors, *itertools.chain(*files)])
 
 
 def refuse_changed(files: Iterable[pathlib.Path], out: pathlib.Path) -> None:

@@ -80,17 +80,15 @@ def test_any_product_shows_that_a_job_has_ended(tmp_path, capsys):
   assert 'finished before' in capsys.readouterr().out
 
 
-def test_a_launcher_stands_before_the_command(tmp_path):
-  job = jobs.Job(
-    'train', ['--x=1'], products=[tmp_path / 'a'], name='x', launcher=['nice']
+def test_a_launcher_is_given_name_and_flags(tmp_path):
+  there, here = (
+    jobs.Job(
+      'train', ['--x=1'], products=[tmp_path / 'a'], name='x', launcher=launcher
+    )
+    for launcher in (['bash', 'run.sh', 'slurm'], [])
   )
-  assert job.command == [
-    'nice',
-    sys.executable,
-    '-m',
-    'calm_jax.train',
-    '--x=1',
-  ]
+  assert there.command == ['bash', 'run.sh', 'slurm', 'train', '--x=1']
+  assert here.command == [sys.executable, '-m', 'calm_jax.train', '--x=1']
 
 
 def test_each_core_takes_one_of_several(tmp_path):
