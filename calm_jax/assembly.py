@@ -33,6 +33,7 @@ def build_model(
   augmenting: Mapping[str, ModelSpec] | None = None,
   composition: CompositionConfig | None = None,
   stack: Literal['loop', 'scan'] = 'loop',
+  remat: bool = False,
 ) -> ComposedLM:
   """Builds the model; allocates nothing.
 
@@ -64,6 +65,7 @@ def build_model(
       for name, spec in augmenting.items()
       if not vocabularies.same_tokens(anchor.vocabulary, spec.vocabulary)
     ],
+    remat=remat,
   )
 
 
@@ -253,6 +255,7 @@ def build_trained(
   composition: CompositionConfig | None,
   lora: LoraConfig | None,
   stack: Literal['loop', 'scan'],
+  remat: bool,
 ) -> tuple[ComposedLM, Mapping[str, ModelSpec]]:
   """Builds the model that a run trains in part or whole; allocates nothing.
 
@@ -269,7 +272,11 @@ def build_trained(
   if trainable not in allowed:
     raise ValueError(f'trainable = {trainable!r} is not one of {allowed}.')
   model = build_model(
-    anchor, augmenting=augmenting, composition=composition, stack=stack
+    anchor,
+    augmenting=augmenting,
+    composition=composition,
+    stack=stack,
+    remat=remat,
   )
   if trainable == 'composition':
     if not model.connections:
@@ -280,7 +287,7 @@ def build_trained(
     return model, augmenting
   if trainable == 'anchor':
     _check_updatable(anchor)
-    return ComposedLM(model.anchor.clone(cuts=())), {}
+    return ComposedLM(model.anchor.clone(cuts=()), remat=remat), {}
   lora = lora or LoraConfig()
   if lora.rank is None:
     if not model.connections:
@@ -290,7 +297,8 @@ def build_trained(
       )
     shapes = jax.eval_shape(model.init_composition, jax.random.key(0))
     lora = lora_lib.match(lora, model.anchor, trees.num_params(shapes))
-  return ComposedLM(model.anchor.clone(cuts=()), lora=lora), {}
+  alone = model.anchor.clone(cuts=())
+  return ComposedLM(alone, lora=lora, remat=remat), {}
 
 
 def _check_updatable(anchor: ModelSpec) -> None:

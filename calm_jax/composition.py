@@ -10,6 +10,7 @@ trained (Theta_C, the subtree `composition`).
 """
 
 from collections.abc import Collection, Mapping, Sequence
+import functools
 import hashlib
 from typing import Any
 
@@ -42,6 +43,7 @@ class ComposedLM:
     composition: CompositionConfig | None = None,
     own_tokens: Collection[str] = (),
     lora: LoraConfig | None = None,
+    remat: bool = False,
   ):
     """Places the connections; raises ValueError if they do not fit.
 
@@ -52,6 +54,8 @@ class ComposedLM:
       own_tokens: names of those with a vocabulary of their own; those that read
         prompts alone always have tokens of their own.
       lora: if given, the anchor's matrices are updated by params['lora'].
+      remat: whether what is differentiated, and only that, is computed again in
+        the backward pass instead of being kept.
     """
     self.augmenting = dict(augmenting or {})
     self.composition = composition
@@ -74,7 +78,12 @@ class ComposedLM:
       if not model.reads_targets or composition.augmenting_context == 'prompt'
     }
     self.own_tokens = self.prompt_only | set(own_tokens)
-    self.anchor = anchor.clone(cuts=_cuts(self.composed_layers, anchor.depth))
+    self.remat = remat
+    lowest = self.composed_layers[0] + 1 if self.connections else 0
+    self.anchor = anchor.clone(
+      cuts=_cuts(self.composed_layers, anchor.depth),
+      remat_from=lowest if remat else None,
+    )
     self.augmenting = {
       name: model.clone(cuts=_cuts(self.tapped_layers(name), model.depth))
       for name, model in self.augmenting.items()
@@ -128,10 +137,16 @@ class ComposedLM:
       params['lora'] = lora_lib.init(rng, self.anchor, self.lora)
     return params
 
-  def __call__(
-    self, params: Params, batch: Batch, *, logits_at_BM: Array | None = None
+  def __call__(self, params: Params, batch: Batch) -> Array:
+    """Returns the logits [B, T, V] of `hidden`."""
+    return self.logits(params, self.hidden(params, batch))
+
+  def hidden(
+    self, params: Params, batch: Batch, *, states_at_BM: Array | None = None
   ) -> Array:
-    """Returns the logits [B, T, V] of whole, possibly packed, sequences.
+    """Returns the anchor's last states [B, T, D] of whole sequences.
+
+    Sequences may be packed.
 
     Args:
       params: the three subtrees.
@@ -142,8 +157,8 @@ class ComposedLM:
         'augmenting', for all that have no others). Optional:
         `decoder_embedding_noise` [B, T, D], added to the anchor's embeddings
         in units of each one's root mean square.
-      logits_at_BM: int32 indices into T; if given, only the logits of these
-        positions are computed, [B, M, V].
+      states_at_BM: int32 indices into T; if given, only the states of these
+        positions are returned, [B, M, D].
     """
     where = attention.Positions.full(
       batch['decoder_positions'], batch['decoder_segment_ids']
@@ -154,7 +169,12 @@ class ComposedLM:
     }
     anchor = View(batch['decoder_input_tokens'], where, noise)
     x_BTD, _ = self._stream(params, anchor, read, cache=None)
-    return self._logits(params, x_BTD, logits_at_BM)
+    return _take(x_BTD, states_at_BM)
+
+  def logits(self, params: Params, x_BTD: Array) -> Array:
+    """Returns the logits [B, T, V] of states after the last block."""
+    frozen = {'params': params['anchor']}  # LoRA leaves the head as it is
+    return self.anchor.apply(frozen, x_BTD, method='logits')
 
   def extend(
     self,
@@ -177,7 +197,7 @@ class ComposedLM:
       augmenting: the same text for each model that has tokens of its own; None
         for one that has read the prompt and reads no more. Models that are not
         named read the anchor's tokens.
-      logits_at_BM: as in `__call__`.
+      logits_at_BM: as `states_at_BM` in `hidden`.
 
     Returns:
       Logits [B, T, V], or [B, M, V] with `logits_at_BM`, and the cache.
@@ -202,7 +222,7 @@ class ComposedLM:
       for name in self.augmenting
     }
     x_BTD, cache = self._stream(params, anchor, read, cache=cache)
-    return self._logits(params, x_BTD, logits_at_BM), cache
+    return self.logits(params, _take(x_BTD, logits_at_BM)), cache
 
   def empty_cache(
     self,
@@ -305,13 +325,13 @@ class ComposedLM:
           new = memory.write(new.key, new.value, slots_BS)
         memory = new
       written.cross[c.key] = memory
-      return apply(
+      attend = functools.partial(apply, method='attend')
+      return (jax.checkpoint(attend) if self.remat else attend)(
         theta,
         x_BTD,
         memory,
         positions_BT=anchor.where.positions_BT,
         mask_BTS=source.mask_BTS,
-        method='attend',
       )
 
     x_BTD, done = self._embed(params, anchor), 0
@@ -329,18 +349,17 @@ class ComposedLM:
       x_BTD = layers.disturb(x_BTD, view.noise)
     return x_BTD
 
-  def _logits(
-    self, params: Params, x_BTD: Array, logits_at_BM: Array | None
-  ) -> Array:
-    if logits_at_BM is not None:
-      x_BTD = jnp.take_along_axis(x_BTD, logits_at_BM[..., None], axis=1)
-    return self._apply_anchor(params, 'logits', x_BTD)
-
   def _apply_anchor(self, params: Params, method: str, *args, **kwargs) -> Any:
     variables = {'params': params['anchor']}
     if self.lora is not None:
       variables['lora'] = lora_lib.scaled(params['lora'], self.lora)
     return self.anchor.apply(variables, *args, method=method, **kwargs)
+
+
+def _take(x_BTD: Array, at_BM: Array | None) -> Array:
+  if at_BM is None:
+    return x_BTD
+  return jnp.take_along_axis(x_BTD, at_BM[..., None], axis=1)
 
 
 def _cuts(layers_: Sequence[int], depth: int) -> tuple[int, ...]:

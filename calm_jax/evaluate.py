@@ -131,7 +131,9 @@ def evaluate(
       model.decode, directory=directory, label=system, say=_say
     )
     results[system] = {**results.get(system, {}), **measured}
-  file.write_text(json.dumps(results, indent=2) + '\n')
+  temporary = file.with_suffix('.tmp')  # whole or not at all
+  temporary.write_text(json.dumps(results, indent=2) + '\n')
+  temporary.replace(file)
   return {system: results[system] for system in models}
 
 

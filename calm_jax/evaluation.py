@@ -6,6 +6,7 @@ import json
 import pathlib
 from typing import Any, Protocol
 
+from calm_jax import generation
 from calm_jax.generation import Continuation
 from calm_jax.sampling import DecodingConfig
 
@@ -159,6 +160,10 @@ class Evaluator:
 
   def check(self) -> None:
     """Raises ValueError unless all can be read; call it before models load."""
+    for setting in ('batch_size', 'num_examples', 'every'):
+      value = getattr(self, setting)
+      if value is not None:
+        generation.check_count(f'Evaluator.{setting}', value)
     names = [task.name for task in self.tasks]
     for name in names:
       if names.count(name) > 1:

@@ -67,6 +67,35 @@ def least(
   return total
 
 
+def recomputed(model: ComposedLM, params: Params, batch: Batch) -> float:
+  """Returns the FLOPs that `remat` adds to a step.
+
+  What is differentiated runs forward once more: the blocks above the lowest
+  composed one, and the reading side of the connections.
+
+  Args:
+    model: with `remat`.
+    params: as in `least`.
+    batch: as in `least`.
+  """
+  rows, length = batch['decoder_input_tokens'].shape
+  anchor = model.anchor
+  sizes = _block_sizes(anchor, params['anchor'])[anchor.remat_from :]
+  attention = _attention(anchor.config, length) * len(sizes)
+  total = rows * length * (2 * sum(sizes) + attention)
+  for c in model.connections:
+    side = sources.side_of(batch, c.augmenting, model)
+    source = batch[f'{side}_input_tokens'].shape[1]
+    theta = params['composition'][c.key]
+    sizes = [
+      _matrices(one)
+      for name, one in theta.items()
+      if name not in ('projection', 'key', 'value')
+    ]
+    total += rows * length * (2 * sum(sizes) + 4 * source * anchor.width)
+  return total
+
+
 def _attention(config: TransformerConfig, length: int) -> int:
   """Returns the FLOPs a token and layer forward over `length` keys."""
   return 4 * length * config.num_heads * config.head_dim

@@ -7,6 +7,7 @@ new tokens come to the host, which looks for stop strings in their bytes.
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -118,10 +119,9 @@ class Generator:
         'A prompt is empty: with nothing to read there is nothing to continue.'
         ' Give at least one token.'
       )
-    if max_new_tokens < 1:
-      raise ValueError(
-        f'max_new_tokens = {max_new_tokens}: it must be at least 1.'
-      )
+    check_count('max_new_tokens', max_new_tokens)
+    if batch_size is not None:
+      check_count('batch_size', batch_size)
     if isinstance(stop, str) or not all(stop):
       raise ValueError(
         f'stop = {stop!r}: give a list of texts, none of them empty.'
@@ -245,6 +245,14 @@ class Text:
       whole = self._vocabulary.decode(self._tokens)
       text = text if text.lstrip(' ') == whole.lstrip(' ') else whole
     return Continuation(text, self._tokens, self.ended)
+
+
+def check_count(name: str, value: int) -> None:
+  """Raises ValueError unless a setting is a whole number, and at least 1."""
+  if not isinstance(value, numbers.Integral) or value < 1:
+    raise ValueError(
+      f'{name} = {value!r}: it must be a whole number, at least 1.'
+    )
 
 
 def token_text(vocabulary: Vocabulary, token: int) -> bytes:

@@ -22,6 +22,7 @@ from gin import config as gin_config
 
 from calm_jax import (
   connections,
+  guards,
   lora,
   optimizers,
   quantization,
@@ -81,6 +82,7 @@ def register() -> None:
     report,
     sweep,
     train,
+    train_step,
   )
 
   named = {
@@ -113,6 +115,8 @@ def register() -> None:
     'LayerMapping.middle': connections.LayerMapping.middle,
     'LayerMapping.explicit': connections.LayerMapping.explicit,
     'OptimizerConfig': optimizers.OptimizerConfig,
+    'StepConfig': train_step.StepConfig,
+    'Guards': guards.Guards,
     'make_mesh': sharding.make_mesh,
     'Flores': flores.Flores,
     'GSM8K': gsm8k.GSM8K,

@@ -8,6 +8,7 @@ command ends what an interruption has cut off.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -16,14 +17,19 @@ import os
 import pathlib
 import sys
 import time
-from typing import Any, Literal, TextIO
+from typing import Any, BinaryIO, Literal, TextIO
 
-from calm_jax import evaluate
+from calm_jax import evaluate, scoring
 from calm_jax.model import Model
 from calm_jax.models.pretrained import ModelSpec
 from calm_jax.sampling import DecodingConfig
 
 _SECONDS = 5  # between two lines of progress
+# What a row is given; a field of that name in the input is replaced.
+_ADDED = {
+  'predict': ('prediction', 'predictions'),
+  'score': tuple(field.name for field in dataclasses.fields(scoring.Score)),
+}
 
 
 def infer(
@@ -55,7 +61,7 @@ def infer(
     input_file: a file, or '-' for standard input.
     output_file: a file, or '-' for standard output. If it exists, it must hold
       answers to the first rows of the input, and is continued.
-    batch_size: rows decoded at once, and read ahead.
+    batch_size: rows decoded at once, and read ahead; at least 1.
     max_new_tokens: at most so many tokens an answer.
     stop: an answer ends before the first of these texts.
     decoding: greedy, sampling or beams.
@@ -69,17 +75,17 @@ def infer(
     ValueError: for a line that is not such an object, named by its number; or
       an output file of something else.
   """
+  if batch_size < 1:
+    raise ValueError(f'batch_size = {batch_size}: it must be at least 1.')
   total = None
   wanted = ('inputs', 'targets') if mode == 'score' else ('inputs',)
+  _check_files(input_file, output_file)
   if input_file != '-':
-    if not pathlib.Path(input_file).is_file():
-      raise ValueError(
-        f"input_file = {input_file!r} does not exist. Give a file, or '-' for"
-        ' standard input.'
-      )
-    with open(input_file, encoding='utf-8') as source:
+    with _open(input_file, 'rb') as source:
       total = sum(1 for _ in _rows(source, wanted))  # all lines are sound
-  done = _continue(output_file, input_file, wanted)
+  done = _continue(
+    output_file, input_file, wanted, mode=mode, samples=decoding.num_samples
+  )
   model = evaluate.load_systems(
     model_dir=model_dir,
     anchor=anchor,
@@ -99,7 +105,7 @@ def infer(
       stop=stop,
       config=decoding,
     )
-  with _open(input_file, 'r') as source, _open(output_file, 'a') as target:
+  with _open(input_file, 'rb') as source, _open(output_file, 'a') as target:
     rows = itertools.islice(_rows(source, wanted), done, None)
     return _stream(rows, target, answer, batch_size, done=done, total=total)
 
@@ -163,48 +169,70 @@ def _stream(
   return count
 
 
-class _Standard:
-  """Standard input or output as a file that is not closed."""
-
-  def __init__(self, stream: TextIO):
-    self._stream = stream
-
-  def __enter__(self) -> TextIO:
-    return self._stream
-
-  def __exit__(self, *_: Any) -> None:
-    pass
+def _check_files(input_file: str, output_file: str) -> None:
+  """Raises ValueError for files that cannot be read or written, or are one."""
+  source, target = pathlib.Path(input_file), pathlib.Path(output_file)
+  if input_file != '-' and not source.is_file():
+    is_folder = source.is_dir()
+    raise ValueError(
+      f'input_file = {input_file!r}'
+      f' {"is a folder" if is_folder else "does not exist"}. Give a file, or'
+      " '-' for standard input."
+    )
+  if output_file == '-':
+    return
+  if target.is_dir() or not target.parent.is_dir():
+    raise ValueError(
+      f'output_file = {output_file!r}'
+      f' {"is a folder" if target.is_dir() else "is in no folder"}. Name a file'
+      " in a folder that exists, or '-' for standard output."
+    )
+  if target.exists() and input_file != '-' and target.samefile(source):
+    raise ValueError(
+      f'input_file and output_file are both {output_file!r}. Name another'
+      ' output: the input would be written over.'
+    )
 
 
 def _open(path: str, mode: str):
+  """Opens a file, or standard input or output, which is not closed."""
   if path == '-':
-    return _Standard(sys.stdin if mode == 'r' else sys.stdout)
-  return pathlib.Path(path).open(mode, encoding='utf-8')
+    reads = mode == 'rb'
+    return contextlib.nullcontext(sys.stdin.buffer if reads else sys.stdout)
+  encoding = None if mode == 'rb' else 'utf-8'
+  return pathlib.Path(path).open(mode, encoding=encoding)
 
 
-def _continue(output_file: str, input_file: str, wanted: Sequence[str]) -> int:
+def _continue(
+  output_file: str,
+  input_file: str,
+  wanted: Sequence[str],
+  *,
+  mode: str,
+  samples: int,
+) -> int:
   """Returns how many rows are answered; cuts off a line that is not whole."""
   path = pathlib.Path(output_file)
   if output_file == '-' or not path.exists():
     return 0
+  if input_file == '-':
+    raise ValueError(
+      f'output_file = {output_file!r} exists. A file can be continued if the'
+      ' prompts come from a file too; name another, or delete it.'
+    )
   whole = 0  # bytes
   count = 0
-  with path.open('rb') as written, _open(input_file, 'r') as source:
-    if input_file == '-':
-      raise ValueError(
-        f'output_file = {output_file!r} exists. A file can be continued if the'
-        ' prompts come from a file too; name another, or delete it.'
-      )
+  with path.open('rb') as written, _open(input_file, 'rb') as source:
     rows = _rows(source, wanted)
     for line in written:
       if not line.endswith(b'\n'):
         break
       asked, answered = next(rows, None), _parse(line)
-      if asked is None or not asked.items() <= answered.items():
+      if asked is None or not _is_answer(answered, asked, mode, samples):
         raise ValueError(
           f'output_file = {output_file!r} exists, and its line {count + 1} is'
-          f' no answer to that row of {input_file!r}. Name another file, or'
-          ' delete it.'
+          f' no answer to that row of {input_file!r} (mode = {mode!r},'
+          f' num_samples = {samples}). Name another file, or delete it.'
         )
       whole, count = whole + len(line), count + 1
   os.truncate(path, whole)
@@ -216,22 +244,45 @@ def _continue(output_file: str, input_file: str, wanted: Sequence[str]) -> int:
   return count
 
 
+def _is_answer(answered: dict, asked: dict, mode: str, samples: int) -> bool:
+  added = _ADDED[mode]
+  kept = {name: value for name, value in asked.items() if name not in added}
+  if not kept.items() <= answered.items():
+    return False
+  if mode == 'score':
+    return all(name in answered for name in added)
+  if samples == 1:
+    return isinstance(answered.get('prediction'), str)
+  texts = answered.get('predictions')
+  return isinstance(texts, list) and len(texts) == samples
+
+
 def _parse(line: bytes) -> dict:
   try:
     row = json.loads(line)
-  except ValueError:
+  except (ValueError, RecursionError):
     return {}
   return row if isinstance(row, dict) else {}
 
 
-def _rows(source: TextIO, wanted: Sequence[str]) -> Iterator[dict]:
+def _rows(source: BinaryIO, wanted: Sequence[str]) -> Iterator[dict]:
+  """Yields the objects; a line that is none is named by its number."""
   for number, line in enumerate(source, start=1):
-    if not line.strip():
-      continue
     try:
-      row = json.loads(line)
+      text = line.decode('utf-8-sig' if number == 1 else 'utf-8')
+      if not text.strip():
+        continue
+      row = json.loads(text)
+      json.dumps(row, ensure_ascii=False).encode()  # as it will be written
     except json.JSONDecodeError as error:
       raise ValueError(f'Line {number} is not JSON: {error}.') from error
+    except UnicodeEncodeError as error:
+      raise ValueError(
+        f'Line {number} holds half of a surrogate pair, which is no text.'
+        ' Write the character whole.'
+      ) from error
+    except (ValueError, RecursionError) as error:
+      raise ValueError(f'Line {number} cannot be read: {error}.') from error
     for name in wanted:
       if not isinstance(row, dict) or not isinstance(row.get(name), str):
         raise ValueError(

@@ -159,10 +159,12 @@ class Log:
       skipped_examples: how many were left out of the data so far.
 
     Raises:
-      FloatingPointError: if the loss is not finite.
+      ValueError: if targets were left out of the loss.
     """
     self.check(step, measured)
     values = {f'train/{k}': float(v) for k, v in measured.items()}
+    # JSON has no NaN: of a refused step there is no loss, and `applied` is 0.
+    values = {k: v for k, v in values.items() if np.isfinite(v)}
     values['train/learning_rate'] = float(self._schedule(step - 1))
     values['train/flops_per_step'] = self._flops
     values |= self._rates(step, wait_seconds)
@@ -205,24 +207,12 @@ class Log:
       self._board.add_scalar(name, value, step)
 
   def check(self, step: int, measured: Mapping[str, Any]) -> None:
-    """Raises an error that names the step if it must not be saved.
-
-    Raises:
-      FloatingPointError: if the loss is not finite.
-      ValueError: if targets were left out of the loss.
-    """
+    """Raises ValueError if targets were left out of the loss."""
     dropped = float(measured['dropped_targets'])
     if dropped > 0.5:
       raise ValueError(
         f'Step {step} left {dropped:g} targets out of the loss: a row has more'
         ' than targets_per_row. Raise that, or let make_batches keep to it.'
-      )
-    loss = float(measured['loss'])
-    if not np.isfinite(loss):
-      raise FloatingPointError(
-        f'The loss of step {step} is {loss}. It was not saved; lower the'
-        ' learning rate, or look at the data, and start again by the same'
-        ' command: it continues at the last checkpoint.'
       )
 
   def close(self) -> None:
@@ -249,8 +239,8 @@ class Log:
     first, last = self._steps
     parts = [
       f'step {step:>6}/{last}',
-      f'loss {values["train/loss"]:.4f}',
-      f'acc {values["train/accuracy"]:.3f}',
+      f'loss {values.get("train/loss", np.nan):.4f}',
+      f'acc {values.get("train/accuracy", np.nan):.3f}',
     ]
     if 'train/tokens_per_second' in values:
       spent = time.perf_counter() - self._start

@@ -167,8 +167,7 @@ class Model:
       For each prompt `config.num_samples` continuations.
     """
     self._check_speaks()
-    if isinstance(prompts, str):
-      raise ValueError('prompts is one text; give a list of texts.')
+    _check_texts('prompts', prompts)
     if not prompts:
       return []
     ids, readings = self._read(prompts)
@@ -206,6 +205,13 @@ class Model:
       batch_size: rows at once; at most 64 if None.
     """
     self._check_speaks()
+    _check_texts('prompts', prompts, or_ids=True)
+    _check_texts('targets', targets, or_ids=True)
+    if len(prompts) != len(targets):
+      raise ValueError(
+        f'There are {len(prompts)} prompts and {len(targets)} targets; give one'
+        ' target for each prompt.'
+      )
     texts = [one if isinstance(one, str) else None for one in prompts]
     encoded = self.vocabulary.encode_batch([text or '' for text in texts])
     examples = []
@@ -300,6 +306,22 @@ class Model:
     run_files.write_config(directory, self.composed, self.fingerprints)
     run_files.write_trained(directory, self.params['composition'])
     run_files.write_card(directory, self.composed, self.fingerprints)
+
+
+def _check_texts(name: str, texts: Any, *, or_ids: bool = False) -> None:
+  """Raises ValueError for what is no list of texts (or of ids)."""
+  if isinstance(texts, str):
+    raise ValueError(f'{name} is one text; give a list of texts.')
+  for number, one in enumerate(texts):
+    if isinstance(one, str):
+      try:
+        one.encode()
+      except UnicodeEncodeError as error:
+        raise ValueError(
+          f'{name}[{number}] holds half of a surrogate pair, which is no text.'
+        ) from error
+    elif not or_ids or not isinstance(one, Sequence | np.ndarray):
+      raise ValueError(f'{name}[{number}] is {one!r}; expected a text.')
 
 
 def _check_range(ids: Any, size: int, *, what: str) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 import pathlib
 import time
 
+from flax import linen as nn
 import jax
 from jax.sharding import Mesh
 
@@ -11,10 +12,12 @@ from calm_jax import (
   assembly,
   checkpoints,
   evaluation,
+  guards,
   metrics,
   run_files,
   sharding,
   train_state,
+  train_step,
 )
 from calm_jax.array_types import Params
 from calm_jax.batches import BatchIterator
@@ -33,23 +36,35 @@ def say(text: str) -> None:
 def check(
   train_steps: int,
   batch_size: int,
-  microbatches: int,
-  embedding_noise: float,
+  step_config: train_step.StepConfig,
+  trainable: str,
   mesh: Mesh,
 ) -> None:
   """Raises ValueError for settings that cannot work together."""
   if train_steps < 1:
     raise ValueError(f'TRAIN_STEPS = {train_steps}: it must be at least 1.')
-  if embedding_noise < 0:
+  if step_config.loss_chunk is not None and trainable == 'anchor':
     raise ValueError(
-      f'embedding_noise = {embedding_noise}: it must not be negative.'
+      f'StepConfig.loss_chunk = {step_config.loss_chunk} needs a frozen head,'
+      " and trainable = 'anchor' trains it. Leave one of them out."
     )
+  microbatches = step_config.microbatches
   if batch_size % microbatches:
     raise ValueError(
       f'BATCH_SIZE = {batch_size} cannot be split into {microbatches}'
       ' microbatches. Choose a multiple.'
     )
   sharding.check_batch_size(batch_size // microbatches, mesh)
+
+
+def describe(
+  model: ComposedLM, mesh: Mesh, trainable: str
+) -> tuple[Params, Params]:
+  """Prints what is trained of what; returns all shapes and shardings."""
+  boxed = jax.eval_shape(model.init_params, jax.random.key(0))
+  places, shapes = sharding.param_shardings(boxed, mesh), nn.unbox(boxed)
+  say(metrics.describe(model, shapes, trainable=trainable))
+  return shapes, places
 
 
 def load_frozen(
@@ -137,6 +152,13 @@ def evaluate(
     speaker.decode, directory=directory / 'eval', label=str(step), say=say
   )
   log.add(step, found, seconds=time.perf_counter() - begun)
+
+
+def stop(saved: checkpoints.Checkpoints, step: int) -> None:
+  """Ends the process after SIGTERM, once the step is committed."""
+  saved.wait()
+  say(f'Told to stop: saved step {step}; the same command continues there.')
+  raise SystemExit(guards.PREEMPTED)
 
 
 def export_trained(

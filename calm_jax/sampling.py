@@ -1,6 +1,7 @@
 """Which token comes next: the likeliest, or one that is drawn."""
 
 import dataclasses
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,17 @@ class DecodingConfig:
           f' {allowed}.'
         )
 
-    check('temperature', self.temperature >= 0, 'at least 0')
+    for name in ('num_samples', 'num_beams', 'top_k', 'seed'):
+      value = getattr(self, name)
+      is_whole = isinstance(value, numbers.Integral)
+      is_whole |= name == 'top_k' and value is None
+      check(name, is_whole, 'a whole number')
+    # What float32 takes for 0 must not divide.
+    check(
+      'temperature',
+      self.temperature == 0 or self.temperature >= 1e-30,
+      'at least 1e-30, or 0 for the likeliest',
+    )
     check('top_k', self.top_k is None or self.top_k >= 1, 'at least 1, or None')
     check('top_p', 0 < self.top_p <= 1, 'above 0, and at most 1')
     check('num_samples', self.num_samples >= 1, 'at least 1')
@@ -100,6 +111,7 @@ def _likeliest(logits_BV: Array, config: DecodingConfig) -> Array:
     chances_BV = jax.nn.softmax(sorted_BV, axis=-1)
     before_BV = jnp.cumsum(chances_BV, axis=-1) - chances_BV
     kept_B1 = jnp.sum(before_BV < config.top_p, axis=-1, keepdims=True)
+    kept_B1 = jnp.maximum(kept_B1, 1)  # a tiny top_p is 0 in float32
     least_B1 = jnp.take_along_axis(sorted_BV, kept_B1 - 1, axis=-1)
     logits_BV = jnp.where(logits_BV < least_B1, _NEVER, logits_BV)
   return logits_BV

@@ -64,6 +64,13 @@ class Scorer:
         raise ValueError(
           f'Target {number} is empty: there is nothing to score.'
         )
+      if not example['inputs']:
+        raise ValueError(
+          f'Prompt {number} is empty, and this vocabulary has no BOS: nothing'
+          ' would predict the first token of its target. Give a prompt.'
+        )
+    if batch_size is not None:
+      generation.check_count('batch_size', batch_size)
     if self._readers:
       examples = list(
         alignment.read_examples(

@@ -11,7 +11,6 @@ import functools
 import pathlib
 from typing import Literal
 
-from flax import linen as nn
 import jax
 from jax.sharding import Mesh
 
@@ -26,6 +25,7 @@ from calm_jax import (
   train_state,
   train_step,
 )
+from calm_jax import guards as guards_lib
 from calm_jax import run_stages as stages
 from calm_jax.batches import BatchIterator
 from calm_jax.connections import CompositionConfig
@@ -48,16 +48,15 @@ def train(
   lora: LoraConfig | None = None,
   optimizer: optimizers.OptimizerConfig = optimizers.OptimizerConfig(),
   random_seed: int = 0,
-  microbatches: int = 1,
-  z_loss: float = 0.0,
-  embedding_noise: float = 0.0,
-  targets_per_row: int | None = None,
+  step_config: train_step.StepConfig = train_step.DEFAULT,
   stack: Literal['loop', 'scan'] = 'loop',
+  remat: bool = False,
   make_mesh: Callable[[], Mesh] = sharding.make_mesh,
   log_every: int = 50,
   checkpoint_every: int = 500,
   evaluator: evaluation.Evaluator = evaluation.Evaluator(),
   keep_checkpoints: int = 3,
+  guards: guards_lib.Guards = guards_lib.DEFAULT,
   export_dtype: str | None = None,
   summarize_config: Callable[[pathlib.Path], None] | None = None,
 ) -> dict[str, float]:
@@ -76,16 +75,15 @@ def train(
     lora: the form of LoRA's updates.
     optimizer: AdamW, Adafactor or Muon with its schedule.
     random_seed: of initialisation and data.
-    microbatches: slices of a batch whose gradients are added.
-    z_loss: weight of (log Z)^2.
-    embedding_noise: the most noise on embeddings; see `make_train_step`.
-    targets_per_row: if set, only so many positions of a row get logits.
+    step_config: microbatches, targets per row, noise, refused losses.
     stack: whether blocks are a loop or scanned segments.
+    remat: whether what is differentiated is computed again, not kept.
     make_mesh: arranges the devices.
     log_every: steps between progress lines and rows of metrics.jsonl.
     checkpoint_every: steps between checkpoints; the last step is always saved.
     evaluator: tasks that are decoded and scored during training.
     keep_checkpoints: how many of the newest stay.
+    guards: what is done about hangs and bad steps.
     export_dtype: stored dtype of a decoder trained from scratch.
     summarize_config: writes the configuration into a directory.
 
@@ -94,7 +92,8 @@ def train(
 
   Raises:
     ValueError: for settings that do not fit, before anything is allocated.
-    FloatingPointError: at the first logged step whose loss is not finite.
+    FloatingPointError: after `guards.tolerated_steps` bad steps.
+    SystemExit: with `guards.PREEMPTED`, when told by SIGTERM, and saved.
   """
   # --- Check and describe, without allocating -------------------------------
   directory = pathlib.Path(model_dir).expanduser()
@@ -105,84 +104,83 @@ def train(
     composition=composition,
     lora=lora,
     stack=stack,
+    remat=remat,
   )
   mesh = make_mesh()
-  stages.check(train_steps, batch_size, microbatches, embedding_noise, mesh)
+  stages.check(train_steps, batch_size, step_config, trainable, mesh)
   evaluator.check()
-  boxed = jax.eval_shape(model.init_params, jax.random.key(random_seed))
-  places = sharding.param_shardings(boxed, mesh)
+  shapes, places = stages.describe(model, mesh, trainable)
   readers = assembly.build_readers(anchor, augmenting or {}, composition)
   batches = make_batches(
     batch_size=batch_size,
     seed=random_seed,
     vocabulary=anchor.vocabulary,
     readers=readers,
-    targets_per_row=targets_per_row,
+    targets_per_row=step_config.targets_per_row,
   )
-  shapes = nn.unbox(boxed)
-  stages.say(metrics.describe(model, shapes, trainable=trainable))
 
-  # --- Frozen weights --------------------------------------------------------
-  specs = {'anchor': anchor, **kept} if trainable != 'anchor' else {}
-  frozen = stages.load_frozen(directory, model, specs, mesh, random_seed)
-  if summarize_config is not None and jax.process_index() == 0:
-    summarize_config(directory)
+  with guards_lib.only_run(directory):
+    # --- Frozen weights ------------------------------------------------------
+    specs = {'anchor': anchor, **kept} if trainable != 'anchor' else {}
+    frozen = stages.load_frozen(directory, model, specs, mesh, random_seed)
+    if summarize_config is not None and jax.process_index() == 0:
+      summarize_config(directory)
 
-  # --- Trained state: newest good checkpoint, or fresh -----------------------
-  update = optimizer.make(train_steps)
-  saved = checkpoints.Checkpoints(directory / 'checkpoints', keep_checkpoints)
-  state, state_places = stages.open_state(
-    saved,
-    batches,
-    functools.partial(train_state.create, optimizer=update, seed=random_seed),
-    shapes={trainable: shapes[trainable]},
-    places={trainable: places[trainable]},
-    start=lambda: stages.start(model, anchor, trainable, mesh, random_seed),
-  )
-  first_step = int(state.step)
-  stages.say(f'{trainable}: trained from step {first_step}, seed {random_seed}')
-  stages.say(metrics.memory_report(frozen=frozen, trained=state))
+    # --- Trained state: newest good checkpoint, or fresh ---------------------
+    update = optimizer.make(train_steps)
+    saved = checkpoints.Checkpoints(directory / 'checkpoints', keep_checkpoints)
+    state, state_places = stages.open_state(
+      saved,
+      batches,
+      functools.partial(train_state.create, optimizer=update, seed=random_seed),
+      shapes={trainable: shapes[trainable]},
+      places={trainable: places[trainable]},
+      start=lambda: stages.start(model, anchor, trainable, mesh, random_seed),
+    )
+    first = int(state.step)
+    stages.say(f'{trainable}: trained from step {first}, seed {random_seed}')
+    stages.say(metrics.memory_report(frozen=frozen, trained=state))
 
-  # --- Train: the step, and the loop -----------------------------------------
-  step_fn = jax.jit(
-    train_step.make_train_step(
-      model,
-      update,
-      microbatches=microbatches,
-      z_loss=z_loss,
-      embedding_noise=embedding_noise,
-      targets_per_row=targets_per_row,
-    ),
-    donate_argnums=0,
-    out_shardings=(state_places, sharding.replicated(mesh)),
-  )
-  feed = Prefetcher(batches)
-  speaker = Model(model, {}, spec=anchor, mesh=mesh, readers=readers)
-  log = metrics.Log(
-    directory,
-    steps=(first_step, train_steps),
-    schedule=optimizer.schedule(train_steps),
-    step_flops=lambda batch: flops.least(model, shapes, batch, trainable),
-  )
-  is_due = lambda step, every: step % every == 0 or step == train_steps
-  with closing(saved), closing(log), closing(feed), jax.set_mesh(mesh):
-    for step in range(first_step + 1, train_steps + 1):
-      batch = next(feed)
-      state, measured = step_fn(state, frozen, sharding.put_batch(batch, mesh))
-      if step == first_step + 1:  # compiled: the clock starts here
-        jax.block_until_ready(state.step)
-        log.start(batch, feed.wait_seconds)
-      if step == 1 or is_due(step, log_every):
-        log.write(step, measured, **feed.report())
-      if is_due(step, checkpoint_every):
-        log.check(step, measured)  # never save a broken state
-        saved.save(state, data_state=feed.state())
-      if evaluator.tasks and is_due(step, evaluator.every):
-        speaker.params = {**frozen, **state.params}
-        stages.evaluate(evaluator, speaker, log, directory, step)
+    # --- Train: the step, and the loop ---------------------------------------
+    step_fn = jax.jit(
+      train_step.make_train_step(model, update, step_config),
+      donate_argnums=0,
+      out_shardings=(state_places, sharding.replicated(mesh)),
+    )
+    feed = Prefetcher(batches)
+    speaker = Model(model, {}, spec=anchor, mesh=mesh, readers=readers)
+    log = metrics.Log(
+      directory,
+      steps=(first, train_steps),
+      schedule=optimizer.schedule(train_steps),
+      step_flops=lambda batch: flops.least(model, shapes, batch, trainable),
+    )
+    guard = guards_lib.Guard(guards, directory)
+    is_due = lambda step, every: step % every == 0 or step == train_steps
+    with closing(saved), closing(log), closing(feed), jax.set_mesh(mesh), guard:
+      for step in range(first + 1, train_steps + 1):
+        batch = next(feed)
+        placed = sharding.put_batch(batch, mesh)
+        state, measured = step_fn(state, frozen, placed)
+        if step == first + 1:  # compiled: the clock starts here
+          jax.block_until_ready(state.step)
+          log.start(batch, feed.wait_seconds)
+        must_stop = guard.after(step, batch, measured)
+        if step == 1 or is_due(step, log_every):
+          log.write(step, measured, **feed.report())
+        if must_stop or is_due(step, checkpoint_every):
+          guard.look()
+          log.check(step, measured)  # never save a broken state
+          saved.save(state, data_state=feed.state())
+        if must_stop:
+          stages.stop(saved, step)
+        if evaluator.tasks and is_due(step, evaluator.every):
+          guard.rest()
+          speaker.params = {**frozen, **state.params}
+          stages.evaluate(evaluator, speaker, log, directory, step)
 
-  # --- Export ----------------------------------------------------------------
-  stages.export_trained(directory, model, anchor, state.params, export_dtype)
+    # --- Export --------------------------------------------------------------
+    stages.export_trained(directory, model, anchor, state.params, export_dtype)
   stages.say(f'Done: step {train_steps} in {directory}')
   return log.last
 

@@ -114,7 +114,10 @@ class CodeToText:
         if not all(isinstance(token, str) for token in tokens):
           problem = f'{name!r} holds what is no text'
           raise reading.bad_line(file, number, problem, _FORMAT)
-        texts.append(' '.join(' '.join(tokens[:limit]).split()))
+        text = ' '.join(tokens[:limit])
+        if name == 'docstring_tokens':  # as the official run.py reads them
+          text = text.replace('\n', '')
+        texts.append(' '.join(text.split()))
         if not texts[-1]:
           problem = f'{name!r} is empty'
           raise reading.bad_line(file, number, problem, _FORMAT)

@@ -264,6 +264,7 @@ def test_weights_of_sixteen_bits_are_not_trained(dtype):
     composition=None,
     lora=None,
     stack='loop',
+    remat=False,
   )
   with pytest.raises(ValueError, match=f'ANCHOR keeps its weights in {dtype}'):
     build(spec)

@@ -74,7 +74,8 @@ def test_lines_in_lines_out(echo, tmp_path):
 
 
 def test_standard_input_and_output(echo, monkeypatch, capsys):
-  monkeypatch.setattr(sys, 'stdin', io.StringIO('{"inputs": "abc"}\n'))
+  stdin = io.TextIOWrapper(io.BytesIO(b'{"inputs": "abc"}\n'))
+  monkeypatch.setattr(sys, 'stdin', stdin)
   assert run('-') == 1
   assert json.loads(capsys.readouterr().out) == {
     'inputs': 'abc',
@@ -89,13 +90,85 @@ def test_standard_input_and_output(echo, monkeypatch, capsys):
     ('["abc"]', 'Line 3 must be an object with a text "inputs"'),
     ('{"prompt": "abc"}', 'Line 3 must be an object'),
     ('{"inputs": 3}', 'Line 3 must be an object'),
+    (r'{"inputs": "a\ud800"}', 'Line 3 holds half of a surrogate pair'),
+    (b'{"inputs": "\xff"}', "Line 3 cannot be read: 'utf-8' codec can't"),
+    ('{"inputs": "a", "n": 1' + '0' * 5000 + '}', 'Line 3 cannot be read: Exc'),
+    ('[' * 100_000, 'Line 3 cannot be read: maximum recursion'),
   ],
+  ids=range(8),
 )
 def test_a_wrong_line_is_named(line, message, echo, tmp_path):
   source = tmp_path / 'in.jsonl'
-  source.write_text(f'{{"inputs": "a"}}\n\n{line}\n')
+  line = line if isinstance(line, bytes) else line.encode()
+  source.write_bytes(b'{"inputs": "a"}\n\n' + line + b'\n')
   with pytest.raises(ValueError, match=message):
     run(source, tmp_path / 'out.jsonl')
+
+
+def test_a_mark_of_byte_order_is_no_text(echo, tmp_path):
+  source, target = tmp_path / 'in.jsonl', tmp_path / 'out.jsonl'
+  source.write_bytes(b'\xef\xbb\xbf{"inputs": "ab"}\r\n')
+  assert run(source, target) == 1
+  assert json.loads(target.read_text())['prediction'] == 'ba'
+
+
+def test_files_that_cannot_be_are_named_before_a_model_is_loaded(
+  echo, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(evaluate, 'load_systems', lambda **_: 1 / 0)
+  source = tmp_path / 'in.jsonl'
+  text = '{"inputs": "a"}\n{"inputs": "b"}\n{"inputs": "c"}'
+  source.write_text(text)
+  link = tmp_path / 'link'
+  link.symlink_to(source)
+  for target, message in (
+    (source, 'are both .*in.jsonl'),
+    (link, 'are both .*link'),
+    (tmp_path, 'is a folder'),
+    (tmp_path / 'no' / 'out', 'is in no folder'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      run(source, target)
+    assert source.read_text() == text
+  with pytest.raises(ValueError, match='input_file = .* is a folder'):
+    run(tmp_path)
+  with pytest.raises(ValueError, match='batch_size = 0: it must be at least 1'):
+    infer.infer(
+      model_dir='/nowhere', anchor=None, input_file=str(source), batch_size=0
+    )
+
+
+def test_a_copy_of_the_input_is_no_answer(echo, tmp_path):
+  source, target = tmp_path / 'in.jsonl', tmp_path / 'out.jsonl'
+  write_rows(source, targets='t')
+  target.write_bytes(source.read_bytes())
+  before = target.read_bytes()
+  for settings in ({}, {'mode': 'score'}):
+    with pytest.raises(ValueError, match='its line 1 is no answer'):
+      run(source, target, **settings)
+  assert target.read_bytes() == before
+  target.unlink()
+  run(source, target, mode='score')
+  with pytest.raises(
+    ValueError, match="line 1 is no answer .*mode = 'predict'"
+  ):
+    run(source, target)
+  many = sampling.DecodingConfig(temperature=1.0, num_samples=2)
+  target.unlink()
+  run(source, target)
+  with pytest.raises(ValueError, match='line 1 is no answer .*samples = 2'):
+    run(source, target, decoding=many)
+
+
+def test_an_input_that_was_answered_before_is_continued_too(echo, tmp_path):
+  source, target = tmp_path / 'in.jsonl', tmp_path / 'out.jsonl'
+  write_rows(source, prediction='old', num_tokens=3)
+  run(source, target)
+  whole = target.read_bytes()
+  target.write_bytes(whole[:100])
+  run(source, target)
+  assert target.read_bytes() == whole
+  assert b'old' not in whole and b'"num_tokens": 3' in whole
 
 
 def test_a_missing_file_is_named_before_a_model_is_loaded(echo, monkeypatch):

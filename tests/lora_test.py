@@ -149,7 +149,12 @@ def test_what_can_be_trained():
   spec = pretrained.ModelSpec(
     config=tiny.ANCHOR, vocabulary=toys.vocabulary(tiny.VOCAB)
   )
-  settings = {'augmenting': {}, 'composition': None, 'stack': 'loop'}
+  settings = {
+    'augmenting': {},
+    'composition': None,
+    'stack': 'loop',
+    'remat': False,
+  }
   build = lambda trainable, **more: assembly.build_trained(
     trainable, spec, **{**settings, 'lora': None, **more}
   )

@@ -21,8 +21,9 @@ PACKAGE = ROOT / 'calm_jax'
 # A module imports from lower floors; the table below allows the few others.
 FLOORS = (
   'array_types trees',
-  'masks losses sharding quantization vocabularies text.files text.settings'
-  ' text.added_tokens text.ends text.chat_process text.chat_templates text.base'
+  'masks losses chunked_loss sharding quantization vocabularies text.files'
+  ' text.settings text.added_tokens text.ends text.chat_process'
+  ' text.chat_templates text.base'
   ' text.byte_vocabularies text.sentencepiece_vocabulary'
   ' text.tokenizers_vocabulary alignment',
   'models.layers models.config models.attention models.transformer'
@@ -33,7 +34,7 @@ FLOORS = (
   'connections cross_attention sources composed_cache lora composition',
   'optimizers train_state batches array_batches prefetch data'
   ' seqio_texts feature_converters checkpoints metrics flops assembly'
-  ' run_files namespaces sandbox',
+  ' run_files namespaces sandbox guards',
   'train_step sampling decoding beam_search generation scoring evaluation',
   'model run_stages api attention_maps evaluate infer train convert import_t5x'
   ' reporting.runs reporting.scores reporting.pictures reporting.page'
@@ -43,6 +44,7 @@ FLOORS = (
 # What a module may import of its own floor.
 WITHIN_A_FLOOR = {
   'sharding': '',
+  'chunked_loss': 'losses',
   'quantization': 'sharding',
   'alignment': 'vocabularies',
   'text.settings': 'text.files',

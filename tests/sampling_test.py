@@ -31,6 +31,14 @@ def test_what_can_be_drawn_is_what_transformers_keeps(top_k, top_p):
   )
 
 
+@pytest.mark.parametrize('top_p', [1e-50, 1e-45, 1e-9])
+def test_however_small_top_p_is_the_likeliest_stays(top_p):
+  config = DecodingConfig(temperature=1.0, top_p=top_p)
+  ours = np.asarray(sampling._likeliest(jnp.asarray(LOGITS), config))
+  np.testing.assert_array_equal((ours > -1e29).sum(-1), 1)
+  np.testing.assert_array_equal(ours.argmax(-1), LOGITS.argmax(-1))
+
+
 def test_frequencies_are_the_softmax_of_logits_over_temperature():
   logits_V = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
   config = DecodingConfig(temperature=2.0)
@@ -74,7 +82,15 @@ def test_without_temperature_the_likeliest_is_taken():
 @pytest.mark.parametrize(
   ('fields', 'message'),
   [
-    ({'temperature': -1.0}, 'temperature = -1.0: it must be at least 0'),
+    (
+      {'temperature': -1.0},
+      'temperature = -1.0: it must be at least 1e-30, or',
+    ),
+    ({'temperature': 1e-40}, 'temperature = 1e-40: it must be at least 1e-30'),
+    ({'temperature': float('nan')}, 'temperature = nan'),
+    ({'num_samples': 2.0}, 'num_samples = 2.0: it must be a whole number'),
+    ({'seed': 1.5}, 'seed = 1.5: it must be a whole number'),
+    ({'temperature': 1.0, 'top_k': 1.5}, 'top_k = 1.5: it must be a whole n'),
     ({'temperature': 1.0, 'top_k': 0}, 'top_k = 0: it must be at least 1, or'),
     ({'temperature': 1.0, 'top_p': 0.0}, 'top_p = 0.0: it must be above 0'),
     ({'temperature': 1.0, 'top_p': 1.5}, 'top_p = 1.5'),

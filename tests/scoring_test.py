@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from calm_jax import model
+from calm_jax import model, scoring
 from calm_jax.models import pretrained
 from tests import own_vocabulary_test as own
 from tests import tiny, toys
@@ -75,3 +75,31 @@ def test_nothing_to_score(composed):
   with pytest.raises(ValueError, match='Target 1 is empty: there is nothing'):
     composed.score(PROMPTS[:2], ['a1', ''])
   assert composed.score([], []) == []
+  with pytest.raises(ValueError, match='targets is one text; give a list'):
+    composed.score(PROMPTS[:2], 'a1')
+  with pytest.raises(ValueError, match='There are 2 prompts and 1 targets'):
+    composed.score(PROMPTS[:2], ['a1'])
+  with pytest.raises(
+    ValueError, match=r'prompts\[1\] is None; expected a text'
+  ):
+    composed.decode(['a1', None], max_new_tokens=1)
+  with pytest.raises(ValueError, match=r'prompts\[0\] holds half of a surr'):
+    composed.decode(['\ud800'], max_new_tokens=1)
+  for setting in ('max_new_tokens', 'batch_size'):
+    for value in (0, -1, 2.5):
+      with pytest.raises(ValueError, match=f'{setting} = {value}: it must be'):
+        composed.decode(['a1'], **{'max_new_tokens': 1, setting: value})
+
+
+def test_without_bos_an_empty_prompt_predicts_nothing():
+  """Else the target's first token would be left out of its likelihood."""
+  words = toys.IdVocabulary()
+  scorer = scoring.Scorer(own.MODEL, vocabulary=words)
+  examples = [
+    {'inputs': [1], 'targets': [2, 3], 'text': None},
+    {'inputs': [], 'targets': [2, 3], 'text': ''},
+  ]
+  with pytest.raises(
+    ValueError, match='Prompt 1 is empty, and this vocabulary'
+  ):
+    scorer({}, examples)

@@ -20,7 +20,7 @@ def test_a_grid_is_every_combination():
   grid = {
     'gin_file': ['ablations/early.gin', 'ablations/late.gin'],
     'CONNECTIONS': [1, 2],
-    'train.z_loss': [0.0],
+    'StepConfig.z_loss': [0.0],
     'OPTIMIZER': ['@small/OptimizerConfig()'],
   }
   points = sweep.combine({}, grid)
@@ -33,7 +33,7 @@ def test_a_grid_is_every_combination():
   assert points[f'gin_file=late,CONNECTIONS=2,{ending}'] == {
     'gin_file': 'ablations/late.gin',
     'CONNECTIONS': 2,
-    'train.z_loss': 0.0,
+    'StepConfig.z_loss': 0.0,
     'OPTIMIZER': '@small/OptimizerConfig()',
   }
 
@@ -144,7 +144,7 @@ def test_a_second_run_continues_and_other_settings_are_refused(tmp_path, ran):
   'changes, message',
   [
     ({'CONECTIONS': 1}, 'The macro CONECTIONS is set, and nothing'),
-    ({'train.z_loss': 'x'}, "train.z_loss = 'x' has the wrong type"),
+    ({'StepConfig.z_loss': 'x'}, "StepConfig.z_loss = 'x' has the wrong type"),
     ({'gin_file': 'ablations/none.gin'}, "'ablations/none.gin' was not found"),
   ],
 )

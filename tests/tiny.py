@@ -106,6 +106,7 @@ def composed(
   mapping=MAPPING,
   stack='loop',
   output_init='fan_in',
+  remat=False,
   **settings,
 ):
   """A composed model; `fan_in` output, so that the composition is felt."""
@@ -121,6 +122,7 @@ def composed(
       output_init=output_init,
       **settings,
     ),
+    remat=remat,
   )
 
 

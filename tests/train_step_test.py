@@ -60,7 +60,9 @@ def compiled_step(model, mesh, optimizer, **settings):
     mesh,
   )
   step_fn = jax.jit(
-    train_step.make_train_step(model, update, **settings),
+    train_step.make_train_step(
+      model, update, train_step.StepConfig(**settings)
+    ),
     donate_argnums=0,
     out_shardings=(state_places, sharding.replicated(mesh)),
   )
@@ -122,6 +124,47 @@ def test_normal_noise_is_in_units_of_each_embedding():
   added_T = np.asarray(layers.disturb(x_TD, np.ones_like(x_TD)) - x_TD)[:, 0]
   rms_T = np.sqrt(np.mean(x_TD**2, axis=-1))
   np.testing.assert_allclose(added_T, rms_T, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+  'wrong, message',
+  [
+    ({'microbatches': 0}, 'microbatches = 0: it must be at least 1'),
+    ({'loss_chunk': 0}, 'loss_chunk = 0: it must be at least 1'),
+    ({'embedding_noise': -1.0}, 'embedding_noise = -1.0: it must not be neg'),
+    ({'z_loss': -0.1}, 'z_loss = -0.1: it must not be negative'),
+    ({'refuse_loss_above': -2.0}, 'refuse_loss_above = -2.0: it must not'),
+  ],
+)
+def test_what_no_step_is_made_of(wrong, message):
+  with pytest.raises(ValueError, match=message):
+    train_step.StepConfig(**wrong)
+
+
+@pytest.mark.parametrize(
+  'weights, settings',
+  [(np.nan, {}), (1.0, {'refuse_loss_above': 0.5}), (0.0, {})],
+)
+def test_a_bad_update_is_not_applied(weights, settings, one_device):
+  """A loss that is no number, one above the limit, and no target at all."""
+  run = Run(SMALL, one_device, **settings)
+  limit = Run(SMALL, one_device, refuse_loss_above=50.0)
+  batch = random_batch(0)
+  if not settings:
+    assert run.step(batch)['applied'] == 1
+  before = jax.device_get(run.state)
+  bad = batch['decoder_loss_weights'] * np.float32(weights)
+  measured = run.step({**batch, 'decoder_loss_weights': bad})
+  assert measured['applied'] == 0
+  after = jax.device_get(run.state)
+  assert after.step == before.step + 1
+  for name in ('params', 'opt_state'):
+    old, new = (
+      trees.flatten(getattr(state, name)) for state in (before, after)
+    )
+    for leaf in old:
+      np.testing.assert_array_equal(old[leaf], new[leaf], leaf)
+  assert limit.step(batch)['applied'] == 1
 
 
 def test_embedding_noise_differs_by_step_and_seed_only():
@@ -290,11 +333,18 @@ def test_uniform_tokens_cannot_be_learnt(masked, one_device, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ('stack', 'depths', 'mapping'),
-  [('loop', (3, 2), [(0, 0), (1, 0)]), ('scan', (4, 3), [(1, 1)])],
+  ('stack', 'depths', 'mapping', 'settings'),
+  [
+    ('loop', (3, 2), [(0, 0), (1, 0)], {}),
+    ('scan', (4, 3), [(1, 1)], {}),
+    ('loop', (4, 2), [(0, 0), (2, 0)], {'remat': True, 'loss_chunk': 16}),
+    ('scan', (4, 3), [(1, 1)], {'remat': True, 'loss_chunk': 16}),
+  ],
 )
-def test_a_step_costs_what_it_must(stack, depths, mapping):
-  """Section 4 of the design: at most 1.05 times F_min, without remat."""
+def test_a_step_costs_what_it_must(stack, depths, mapping, settings):
+  """Section 4 of the design: at most 1.05 times F_min, and what is declared."""
+  settings = dict(settings)
+  remat = settings.pop('remat', False)
   wide = {'vocab_size': 512, 'num_heads': 4, 'num_kv_heads': 2, 'head_dim': 64}
   anchor = dataclasses.replace(
     ANCHOR, embed_dim=256, mlp_dim=512, num_layers=depths[0], **wide
@@ -307,6 +357,7 @@ def test_a_step_costs_what_it_must(stack, depths, mapping):
     augmenting={'code': augmenting},
     mapping=[tiny.connection(*pair) for pair in mapping],
     stack=stack,
+    remat=remat,
   )
   B, T = 2, 64
   shapes = nn.unbox(jax.eval_shape(model.init_params, jax.random.key(0)))
@@ -316,11 +367,99 @@ def test_a_step_costs_what_it_must(stack, depths, mapping):
     functools.partial(train_state.create, optimizer=optimizer, seed=0),
     {'composition': shapes['composition']},
   )
-  step = jax.jit(train_step.make_train_step(model, optimizer))
+  config = train_step.StepConfig(**settings)
+  step = jax.jit(train_step.make_train_step(model, optimizer, config))
   batch = random_batch(0, (B, T), segments=False)
   text = step.lower(state, frozen, batch).compile().as_text()
   least = flops.least(model, shapes, batch, trainable='composition')
+  if remat:
+    again = flops.recomputed(model, shapes, batch)
+    assert again > 0.1 * least
+    least += again
   assert 0.95 <= flops.compiled(text) / least <= 1.05
+
+
+@pytest.mark.parametrize('chunk', [1, 3, 8, 20])
+def test_a_chunked_loss_is_the_loss(chunk):
+  """Its value, its sums, and its gradient; a chunk need not divide the row."""
+  params, batch = toys.params(SMALL), random_batch(4)
+  frozen = {k: params[k] for k in ('anchor', 'augmenting')}
+  theta = {'composition': params['composition']}
+
+  def differentiate(chunk):
+    loss = functools.partial(
+      train_step.loss_fn, model=SMALL, z_loss=0.1, loss_chunk=chunk
+    )
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    return step(theta, frozen, batch)
+
+  (whole, sums), gradients = differentiate(None)
+  (chunked, same), others = differentiate(chunk)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
+  close(chunked, whole)
+  jax.tree.map(close, same, sums)
+  largest = max(np.abs(g).max() for g in jax.tree.leaves(gradients))
+  assert largest > 0
+  jax.tree.map(
+    functools.partial(
+      np.testing.assert_allclose, rtol=0, atol=1e-5 * float(largest)
+    ),
+    others,
+    gradients,
+  )
+
+
+def test_a_chunked_loss_holds_no_logits_of_all_positions():
+  """What is planned for temporaries falls by most of the logits."""
+  vocab, rows = 4096, 4
+  model = tiny.composed(
+    anchor=dataclasses.replace(ANCHOR, vocab_size=vocab),
+    augmenting={'code': dataclasses.replace(AUGMENTING, vocab_size=vocab)},
+    mapping=MAPPING,
+  )
+  shapes = nn.unbox(jax.eval_shape(model.init_params, jax.random.key(0)))
+  theta = {'composition': shapes.pop('composition')}
+  batch = random_batch(0, (rows, 64), vocab, segments=False)
+
+  def planned(chunk):
+    loss = functools.partial(train_step.loss_fn, model=model, loss_chunk=chunk)
+    step = jax.jit(jax.grad(loss, has_aux=True))
+    compiled = step.lower(theta, shapes, batch).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  logits = 4 * rows * 64 * vocab
+  assert planned(None) > logits
+  assert planned(8) < 0.5 * logits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stack', ['loop', 'scan'])
+def test_remat_changes_what_is_kept_and_nothing_else(stack):
+  """Same parameters, same gradients; fewer blocks' activations at once."""
+  deep = dataclasses.replace(ANCHOR, num_layers=8)
+  models = [
+    tiny.composed(
+      anchor=deep,
+      augmenting={'code': AUGMENTING},
+      mapping=[tiny.connection(1, 1)],
+      stack=stack,
+      remat=remat,
+    )
+    for remat in (False, True)
+  ]
+  params, batch = toys.params(models[0]), random_batch(3, (4, 64))
+  theta = {'composition': params.pop('composition')}
+  found, planned = [], []
+  for model in models:
+    loss = functools.partial(train_step.loss_fn, model=model)
+    step = jax.jit(jax.grad(loss, has_aux=True))
+    compiled = step.lower(theta, params, batch).compile()
+    found.append(compiled(theta, params, batch)[0])
+    planned.append(compiled.memory_analysis().temp_size_in_bytes)
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), *found
+  )
+  assert planned[1] < 0.7 * planned[0]
 
 
 def test_logits_of_supervised_positions_only_give_the_same_loss():

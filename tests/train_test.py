@@ -6,6 +6,9 @@ Run: pytest tests/train_test.py
 import dataclasses
 import functools
 import json
+import os
+import re
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +22,11 @@ from calm_jax import (
   checkpoints,
   connections,
   evaluation,
+  guards,
   optimizers,
   sharding,
   train,
+  train_step,
   trees,
   vocabularies,
 )
@@ -60,20 +65,22 @@ def toy_batches(
   targets_per_row,
   fail_at=None,
   nan_at=None,
+  sigterm_at=None,
 ):
   assert vocabulary.size == VOCAB
   rows = np.random.default_rng(0).integers(0, VOCAB, (20, 6), np.int32)
   made = array_batches.ArrayBatches(
     tiny.batch_of(rows), batch_size=batch_size, seed=seed
   )
-  return Faulty(made, fail_at=fail_at, nan_at=nan_at)
+  return Faulty(made, fail_at=fail_at, nan_at=nan_at, sigterm_at=sigterm_at)
 
 
 class Faulty:
   """Batches that end in a failure, or hold a number that is none."""
 
-  def __init__(self, made, *, fail_at, nan_at):
+  def __init__(self, made, *, fail_at, nan_at, sigterm_at):
     self._made, self._fail_at, self._nan_at = made, fail_at, nan_at
+    self._sigterm_at = sigterm_at
     self._count = 0
     self.state, self.restore = made.state, made.restore
 
@@ -82,6 +89,8 @@ class Faulty:
     if self._count == self._fail_at:
       raise KeyboardInterrupt('as if by Ctrl-C')
     batch = dict(next(self._made))
+    if self._count == self._sigterm_at:
+      os.kill(os.getpid(), signal.SIGTERM)
     if self._count == self._nan_at:
       batch['decoder_loss_weights'] = batch['decoder_loss_weights'] * np.nan
     return batch
@@ -267,15 +276,67 @@ def test_a_finished_run_is_left_as_it_is(finished, donors):
   assert metrics_of(finished) == rows
 
 
-def test_a_loss_that_is_no_number_is_not_saved(donors, tmp_path):
-  """It is noticed at the next checkpoint, even if it is not logged."""
+def test_a_bad_step_is_not_applied_and_its_batch_is_kept(
+  donors, tmp_path, capsys
+):
   broken = functools.partial(toy_batches, nan_at=3)
-  with pytest.raises(FloatingPointError, match='The loss of step 4 is nan'):
-    run(tmp_path, donors, make_batches=broken, log_every=50)
+  run(tmp_path, donors, make_batches=broken)
+  said = capsys.readouterr().out
+  assert 'warning: step 3 has the loss nan and the gradient norm nan' in said
+  kept = np.load(tmp_path / 'refused_batches' / '3.npz')
+  assert np.isnan(kept['decoder_loss_weights']).all()
+  assert kept['decoder_input_tokens'].shape == (8, 6)
+  rows = metrics_of(tmp_path)
+  assert [row['train/applied'] for row in rows] == [1, 1, 0, 1, 1, 1]
+  assert [row['step'] for row in rows if 'train/loss' not in row] == [3]
+  assert 'NaN' not in (tmp_path / 'metrics.jsonl').read_text()
+  trained = safetensors.numpy.load_file(tmp_path / 'composition.safetensors')
+  assert all(np.isfinite(x).all() for x in trained.values())
+
+
+def test_a_run_ends_at_the_last_bad_step_that_is_tolerated(donors, tmp_path):
+  """It is noticed at the next checkpoint, even if it is not logged."""
+  broken = functools.partial(toy_batches, nan_at=4)
+  with pytest.raises(FloatingPointError, match='step 4 .*tolerated_steps = 1'):
+    run(
+      tmp_path,
+      donors,
+      make_batches=broken,
+      log_every=50,
+      guards=guards.Guards(tolerated_steps=1),
+    )
   saved = checkpoints.Checkpoints(tmp_path / 'checkpoints')
   assert saved.steps() == [2]
   saved.close()
   assert not (tmp_path / 'composition.safetensors').exists()
+
+
+def test_sigterm_saves_and_the_same_command_continues(
+  finished, donors, tmp_path, capsys
+):
+  """At a step that is no checkpoint of its own."""
+  told = functools.partial(toy_batches, sigterm_at=3)
+  with pytest.raises(SystemExit) as stopped:
+    run(tmp_path, donors, make_batches=told, checkpoint_every=50)
+  assert stopped.value.code == guards.PREEMPTED == 75
+  # Batches are made ahead, so it comes up to two steps before the third.
+  step = int(
+    re.search(r'Told to stop: saved step (\d)', capsys.readouterr().out)[1]
+  )
+  assert 1 <= step <= 3
+  assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+  run(tmp_path, donors, checkpoint_every=50)
+  assert f'trained from step {step}' in capsys.readouterr().out
+  file = 'composition.safetensors'
+  assert (tmp_path / file).read_bytes() == (finished / file).read_bytes()
+  assert metrics_of(tmp_path) == metrics_of(finished)
+
+
+def test_a_directory_that_a_run_holds_is_refused(donors, tmp_path):
+  with guards.only_run(tmp_path):
+    with pytest.raises(ValueError, match='belongs to a run that is going on'):
+      run(tmp_path, donors)
+  assert [file.name for file in tmp_path.iterdir()] == [guards.LOCK_FILE]
 
 
 # --- Refusals ----------------------------------------------------------------
@@ -325,8 +386,10 @@ def test_a_directory_belongs_to_one_run(
       r"'all' is not one of \('composition', 'lo",
     ),
     ({'trainable': 'anchor'}, 'ANCHOR keeps its weights in bfloat16'),
-    ({'microbatches': 3}, 'BATCH_SIZE = 8 cannot be split into 3 microbatch'),
-    ({'embedding_noise': -1.0}, 'embedding_noise = -1.0: it must not be neg'),
+    (
+      {'step_config': train_step.StepConfig(microbatches=3)},
+      'BATCH_SIZE = 8 cannot be split into 3 microbatch',
+    ),
     ({'batch_size': 6, 'make_mesh': sharding.make_mesh}, 'multiple of 8'),
     (
       {'make_mesh': lambda: sharding.make_mesh(fsdp=3)},
@@ -366,8 +429,9 @@ def test_a_target_left_out_of_the_loss_is_an_error(donors, tmp_path):
   def careless(*, targets_per_row, **rest):
     return toy_batches(targets_per_row=None, **rest)  # a loss everywhere
 
+  two = train_step.StepConfig(targets_per_row=2)
   with pytest.raises(ValueError, match='Step 1 left .* targets_per_row'):
-    run(tmp_path, donors, make_batches=careless, targets_per_row=2)
+    run(tmp_path, donors, make_batches=careless, step_config=two)
   assert not (tmp_path / 'composition.safetensors').exists()
 
 

@@ -71,11 +71,14 @@ class Tower(nn.Module):
       stacks those of a segment (`blocks_0_4`), which compiles once each.
     cuts: layers (0 < cut < L) at which a segment of a scanned stack ends; `run`
       may only start and stop at cuts.
+    remat_from: blocks from this layer on keep nothing for the backward pass but
+      their input, and run again there; None for no block.
   """
 
   config: TransformerConfig
   stack: Literal['loop', 'scan'] = 'loop'
   cuts: tuple[int, ...] = ()
+  remat_from: int | None = None
 
   def setup(self):
     cfg = self.config
@@ -102,18 +105,21 @@ class Tower(nn.Module):
         param_dtype=cfg.param_dtype,
       )
     for name, start, stop in self.segments():
-      setattr(self, name, self._segment(name, stop - start))
+      setattr(self, name, self._segment(name, start, stop))
 
-  def _segment(self, name: str, length: int) -> nn.Module:
-    if self.stack == 'loop':
-      return Block(self.config, name=name)
+  def _segment(self, name: str, start: int, stop: int) -> nn.Module:
+    is_loop, block = self.stack == 'loop', Block
+    if self.remat_from is not None and start >= self.remat_from:
+      block = nn.remat(Block, prevent_cse=is_loop)
+    if is_loop:
+      return block(self.config, name=name)
     scanned = nn.scan(
-      Block,
+      block,
       variable_axes={'params': 0, 'lora': 0},
       split_rngs={'params': True},
       in_axes=(0, 0, nn.broadcast),
       out_axes=0,
-      length=length,
+      length=stop - start,
       metadata_params={nn.PARTITION_NAME: 'layers'},
     )
     return scanned(self.config, name=name)

@@ -1,6 +1,7 @@
 """The pictures of a report, as matplotlib figures that open no window."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+import functools
 from typing import Any
 
 from calm_jax.reporting import scores
@@ -22,6 +23,19 @@ _COLOURS = (
 _GREYS = ('#8a939c', '#4f5a64')
 
 
+def _plain_text(draw: Callable[..., Any]) -> Callable[..., Any]:
+  """Makes a drawing function write names as they are: $ begins no formula."""
+
+  @functools.wraps(draw)
+  def drawn(*args: Any, **kwargs: Any) -> Any:
+    import matplotlib
+
+    with matplotlib.rc_context({'text.parse_math': False}):
+      return draw(*args, **kwargs)
+
+  return drawn
+
+
 def colours(trained: Sequence[str], frozen: Sequence[str]) -> dict[str, str]:
   """Returns a colour for each column."""
   return {
@@ -31,6 +45,7 @@ def colours(trained: Sequence[str], frozen: Sequence[str]) -> dict[str, str]:
   }
 
 
+@_plain_text
 def score_bars(
   cells: Mapping[str, Score], title: str, colour: Mapping[str, str]
 ) -> Any:
@@ -62,6 +77,7 @@ def score_bars(
   return figure
 
 
+@_plain_text
 def forgetting(
   changes: Mapping[str, Mapping[str, tuple[Score, Score, Score]]],
   colour: Mapping[str, str],
@@ -97,6 +113,7 @@ def forgetting(
   return figure
 
 
+@_plain_text
 def loss_curves(
   columns: Mapping[str, Sequence[Run]],
   colour: Mapping[str, str],
@@ -155,6 +172,7 @@ def first_loss(runs: Sequence[Run]) -> float | None:
   return sum(first) / len(first) if first else None
 
 
+@_plain_text
 def ablations(
   measured: Mapping[str, Score],
   runs: Mapping[str, Run],

@@ -55,6 +55,20 @@ def test_a_summary_is_one_line_and_code_is_cut():
   assert one['reference'] == 'Greet a person by name .'
 
 
+def test_line_feeds_within_tokens_are_read_as_officially(tmp_path):
+  """Code: as spaces; a docstring: as nothing, so that words join."""
+  folder = tmp_path / 'python'
+  folder.mkdir()
+  row = {'code_tokens': ['a\nb', 'c'], 'docstring_tokens': ['x\ny', 'z']}
+  (folder / 'test.jsonl').write_text(json.dumps(row) + '\n')
+  (one,) = task(directory=str(tmp_path), shots=0).examples('test')
+  assert one == {
+    'inputs': 'Code: a b c\nSummary:',
+    'targets': ' xy z',
+    'reference': 'xy z',
+  }
+
+
 def test_the_tested_function_is_never_among_the_examples():
   rows = task(shots=4).examples('train')
   for i, row in enumerate(rows):
