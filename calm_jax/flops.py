@@ -71,7 +71,9 @@ def recomputed(model: ComposedLM, params: Params, batch: Batch) -> float:
   """Returns the FLOPs that `remat` adds to a step.
 
   What is differentiated runs forward once more: the blocks above the lowest
-  composed one, and the reading side of the connections.
+  composed one, and the reading side of the connections. A last matrix whose
+  product nothing nonlinear follows (W_O of the connections; the MLP's, where no
+  norm follows) need not.
 
   Args:
     model: with `remat`.
@@ -80,8 +82,11 @@ def recomputed(model: ComposedLM, params: Params, batch: Batch) -> float:
   """
   rows, length = batch['decoder_input_tokens'].shape
   anchor = model.anchor
+  config = anchor.config
   sizes = _block_sizes(anchor, params['anchor'])[anchor.remat_from :]
-  attention = _attention(anchor.config, length) * len(sizes)
+  if config.norm_placement != 'sandwich':
+    sizes = [size - config.mlp_dim * config.embed_dim for size in sizes]
+  attention = _attention(config, length) * len(sizes)
   total = rows * length * (2 * sum(sizes) + attention)
   for c in model.connections:
     side = sources.side_of(batch, c.augmenting, model)
@@ -90,7 +95,7 @@ def recomputed(model: ComposedLM, params: Params, batch: Batch) -> float:
     sizes = [
       _matrices(one)
       for name, one in theta.items()
-      if name not in ('projection', 'key', 'value')
+      if name not in ('projection', 'key', 'value', 'out')
     ]
     total += rows * length * (2 * sum(sizes) + 4 * source * anchor.width)
   return total
