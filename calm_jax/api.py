@@ -90,6 +90,8 @@ def compose(
     seed: of the composition.
     **settings: other fields of `CompositionConfig`.
   """
+  for name, model in {'anchor': anchor, **augmenting}.items():
+    _check_plain(model, name=f'compose: {name!r}')
   config = CompositionConfig(mapping=mapping, **settings)
   specs = {name: model.spec for name, model in augmenting.items()}
   composed = assembly.build_model(
@@ -148,6 +150,7 @@ def load_lora(directory: str | pathlib.Path, *, anchor: Model) -> Model:
   run_files.check_fingerprints(
     expected, {'anchor': anchor.fingerprint}, where=directory
   )
+  _check_plain(anchor, name="load_lora: 'anchor'")
   composed = ComposedLM(anchor.composed.anchor, lora=config)
   fresh = assembly.init_trained('lora', composed, mesh=anchor.mesh, seed=0)
   model = Model(
@@ -161,6 +164,20 @@ def load_lora(directory: str | pathlib.Path, *, anchor: Model) -> Model:
   file = directory / run_files.LORA_FILE
   _put(model, 'lora', tensors, what=str(file))
   return model
+
+
+def _check_plain(model: Model, *, name: str) -> None:
+  """Raises ValueError for a model with something trained beside it."""
+  if model.composed.lora is not None:
+    raise ValueError(
+      f'{name} has LoRA updates, which would be left out. Merge them first:'
+      ' calm_jax.convert with LORA_DIR writes the merged model.'
+    )
+  if model.composed.connections:
+    raise ValueError(
+      f'{name} is composed already, and its composition would be left out.'
+      ' Give the models it is made of.'
+    )
 
 
 def _put(model: Model, subtree: str, tensors: Params, *, what: str) -> None:

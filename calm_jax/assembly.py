@@ -48,6 +48,12 @@ def build_model(
       f'An augmenting model cannot be called {reserved.pop()!r}; choose another'
       ' name.'
     )
+  for name in augmenting:
+    if not name or '/' in name:
+      raise ValueError(
+        f'An augmenting model cannot be called {name!r}: a name must not be'
+        ' empty, and / separates names of parameters. Choose another.'
+      )
   if anchor.config.attention != 'causal':
     raise ValueError(
       "The anchor has attention = 'bidirectional': an encoder cannot speak. Use"

@@ -90,6 +90,13 @@ class ComposedLM:
     }
 
   @property
+  def readable_size(self) -> int:
+    """How many ids all models that read the anchor's tokens have rows for."""
+    shared = self.augmenting.keys() - self.own_tokens
+    towers = [self.anchor, *(self.augmenting[name] for name in shared)]
+    return min(tower.config.vocab_size for tower in towers)
+
+  @property
   def composed_layers(self) -> tuple[int, ...]:
     """Anchor layers at which connections end, ascending."""
     return tuple(sorted({c.anchor_layer for c in self.connections}))

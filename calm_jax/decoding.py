@@ -90,7 +90,7 @@ def prefill(
     augmenting=augmenting,
     logits_at_BM=lengths_B[:, None] - 1,
   )
-  return logits_B1V[:, 0], cache, used_B
+  return _readable(logits_B1V, model), cache, used_B
 
 
 def begin(
@@ -205,7 +205,15 @@ def feed(
   logits_B1V, cache = model.extend(
     params, last_B[:, None], positions_B1, state.cache, augmenting=new
   )
-  return logits_B1V[:, 0], state.replace(cache=cache, used_B=used_B)
+  return _readable(logits_B1V, model), state.replace(cache=cache, used_B=used_B)
+
+
+def _readable(logits_B1V: Array, model: ComposedLM) -> Array:
+  """Returns the logits of tokens that all models can be given next, [B, v].
+
+  Tables are padded to different sizes even where the vocabulary is one.
+  """
+  return logits_B1V[:, 0, : model.readable_size]
 
 
 def _choose(

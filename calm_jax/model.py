@@ -245,13 +245,7 @@ class Model:
 
   def _check_ids(self, ids: Any, *, what: str) -> None:
     """Raises ValueError for an id beyond a table, where JAX gives NaN."""
-    towers = [self.composed.anchor] + [
-      tower
-      for name, tower in self.composed.augmenting.items()
-      if name not in self.readers
-    ]
-    size = min(tower.config.vocab_size for tower in towers)
-    _check_range(ids, size, what=what)
+    _check_range(ids, self.composed.readable_size, what=what)
 
   def _check_readings(
     self, name: str, readings: Sequence[alignment.Reading]

@@ -14,6 +14,7 @@ import pytest
 
 import calm_jax
 from calm_jax import assembly, evaluate, sharding
+from calm_jax.composition import ComposedLM
 from calm_jax.models import pretrained
 from tests import tiny, toys
 
@@ -119,8 +120,29 @@ def test_wrong_arguments(models, tmp_path):
       augmenting={'anchor': models['code']},
       mapping=calm_jax.LayerMapping.every(),
     )
+  for name in ('org/model', ''):
+    with pytest.raises(ValueError, match=f"cannot be called '{name}'"):
+      calm_jax.compose(
+        anchor=anchor,
+        augmenting={name: models['code']},
+        mapping=calm_jax.LayerMapping.every(),
+      )
   with pytest.raises(AttributeError, match="calm_jax has no 'composee'"):
     _ = calm_jax.composee
+
+
+def test_what_is_trained_beside_a_model_is_not_left_out_silently(
+  trained, models, tmp_path
+):
+  updated = ComposedLM(
+    models['anchor'].composed.anchor, lora=calm_jax.LoraConfig(rank=1)
+  )
+  lora = calm_jax.Model(updated, {}, spec=models['anchor'].spec, mesh=None)
+  for wrong, message in ((lora, 'has LoRA updates'), (trained, 'is composed')):
+    with pytest.raises(ValueError, match=f"compose: 'anchor' {message}"):
+      compose({**models, 'anchor': wrong})
+    with pytest.raises(ValueError, match=f"compose: 'code' {message}"):
+      compose({**models, 'code': wrong})
 
 
 # --- Save and load -----------------------------------------------------------

@@ -108,7 +108,7 @@ def test_nothing_to_continue():
   with pytest.raises(ValueError, match='A prompt is empty'):
     generate(ALONE, [[1], []])
   assert generate(ALONE, []) == []
-  with pytest.raises(ValueError, match='max_new_tokens = 0: it must be at lea'):
+  with pytest.raises(ValueError, match='max_new_tokens = 0: it must be a whol'):
     generate(ALONE, [[1]], new=0)
   with pytest.raises(ValueError, match="stop = 'ab': give a list of texts"):
     generate(ALONE, [[1]], stop='ab')
@@ -233,6 +233,35 @@ def test_rounding_up_makes_no_text_too_long():
     ValueError, match='A sequence of 30 positions is longer t'
   ):
     generator(short)(params, [[1] * 26], max_new_tokens=4, batch_size=1)
+
+
+def test_no_token_is_chosen_that_a_model_has_no_row_for():
+  """One vocabulary, and tables padded to different sizes."""
+  anchor = dataclasses.replace(SMALL, tie_embeddings=False)
+  short = dataclasses.replace(tiny.AUGMENTING, num_layers=1, vocab_size=20)
+  model = tiny.composed(
+    anchor=anchor,
+    augmenting={'code': short},
+    mapping=[tiny.connection(0, 0)],
+  )
+  assert (model.readable_size, anchor.vocab_size) == (20, tiny.VOCAB)
+  params = toys.params(model)
+  # What the anchor would like best is beyond the other's table.
+  kernel = params['anchor']['head']['kernel'].copy()
+  kernel[:, 20:] *= 100
+  params['anchor']['head']['kernel'] = kernel
+  prompts = [[1, 2, 3], [4]]
+  for config in (
+    sampling.DecodingConfig(),
+    sampling.DecodingConfig(num_beams=2),
+    sampling.DecodingConfig(temperature=1.0),
+  ):
+    found = generator(model)(
+      params, prompts, max_new_tokens=5, batch_size=2, config=config
+    )
+    for (one,) in found:
+      assert len(one.tokens) == 5
+      assert max(one.tokens) < 20
 
 
 DRAWN = sampling.DecodingConfig(temperature=1.0, num_samples=2)

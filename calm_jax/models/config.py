@@ -1,7 +1,9 @@
 """`TransformerConfig`: what fixes the computation of a decoder."""
 
 import dataclasses
-from typing import Literal
+import math
+import numbers
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
@@ -9,6 +11,31 @@ from calm_jax.array_types import Array
 from calm_jax.models import layers
 
 NO_WINDOW = 2**30  # positions; further back than any sequence is long
+SIZES = (
+  'vocab_size num_layers embed_dim num_heads num_kv_heads head_dim mlp_dim'
+  ' relative_buckets relative_max_distance'
+).split()
+FLAGS = 'mlp_bias', 'tie_embeddings'
+# The least value of each number; None is anything above 0.
+NUMBERS = {
+  'norm_offset': -math.inf,
+  'norm_epsilon': 0.0,
+  'attention_scale': None,
+  'attention_softcap': None,
+  'final_softcap': None,
+  'rope_theta': None,
+  'rope_theta_local': None,
+  'embed_scale': None,
+  'logits_scale': None,
+  'init_stddev': 0.0,
+}
+NULLABLE = (
+  'attention_scale',
+  'attention_softcap',
+  'final_softcap',
+  'rope_theta_local',
+)
+DTYPES = 'float32', 'bfloat16', 'float16'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +113,10 @@ class TransformerConfig:
   param_dtype: str = 'float32'
 
   def __post_init__(self):
+    object.__setattr__(self, 'window_pattern', tuple(self.window_pattern))
+    self._check_values()
     if self.attention_scale is None:
       object.__setattr__(self, 'attention_scale', self.head_dim**-0.5)
-    object.__setattr__(self, 'window_pattern', tuple(self.window_pattern))
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
         f'num_heads = {self.num_heads} must be a multiple of num_kv_heads ='
@@ -112,11 +140,48 @@ class TransformerConfig:
         raise ValueError(
           f'{field} = {getattr(self, field)!r} is not one of {allowed}.'
         )
-    if any(w is not None and w < 1 for w in self.window_pattern):
-      raise ValueError(
-        f'window_pattern = {self.window_pattern}: a window is at least 1, and'
-        ' None means no window.'
+    if self.position_encoding == 'relative_bias':
+      halves = 2 if self.attention == 'bidirectional' else 1
+      exact = self.relative_buckets // halves // 2
+      if exact < 1 or self.relative_max_distance <= exact:
+        raise ValueError(
+          f'relative_buckets = {self.relative_buckets} (in config.json'
+          ' relative_attention_num_buckets) and relative_max_distance ='
+          f' {self.relative_max_distance} (relative_attention_max_distance) do'
+          f' not fit: {exact} distances would have a bucket of their own; that'
+          ' must be at least 1, and fewer than the largest distance.'
+        )
+
+  def _check_values(self) -> None:
+    """Raises ValueError for a value of the wrong type or sign."""
+
+    def check(name, is_fine, allowed):
+      if not is_fine:
+        raise ValueError(
+          f'{name} = {getattr(self, name)!r}: it must be {allowed}.'
+        )
+
+    for name in SIZES:
+      check(name, _is_size(getattr(self, name)), 'a whole number, at least 1')
+    for name in FLAGS:
+      check(name, isinstance(getattr(self, name), bool), 'true or false')
+    for name, least in NUMBERS.items():
+      value = getattr(self, name)
+      if value is None and name in NULLABLE:
+        continue
+      is_number = isinstance(value, numbers.Real) and math.isfinite(value)
+      is_fine = is_number and (value > 0 if least is None else value >= least)
+      check(name, is_fine, 'a number' + (' above 0' if least is None else ''))
+    for name in ('dtype', 'param_dtype'):
+      check(
+        name, _dtype_name(getattr(self, name)) in DTYPES, f'one of {DTYPES}'
       )
+    windows = [one for one in self.window_pattern if one is not None]
+    check(
+      'window_pattern',
+      self.window_pattern and all(map(_is_size, windows)),
+      'windows of at least 1, and None where there is no window',
+    )
 
   @property
   def windows(self) -> tuple[int | None, ...]:
@@ -169,3 +234,15 @@ class TransformerConfig:
       'frequencies': jnp.stack(frequencies),
       'rotary_scale': jnp.asarray(scales, jnp.float32),
     }
+
+
+def _is_size(value: Any) -> bool:
+  is_whole = isinstance(value, numbers.Integral) and value is not True
+  return is_whole and value >= 1
+
+
+def _dtype_name(dtype: Any) -> str:
+  try:
+    return jnp.dtype(dtype).name
+  except TypeError:
+    return ''

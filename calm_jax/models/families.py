@@ -137,7 +137,7 @@ def _read_decoder(read: Fields, family: Family) -> dict[str, Any]:
     'num_kv_heads': read.size('num_key_value_heads', null=heads),
     'head_dim': head_dim,
     'mlp_dim': read.size('intermediate_size'),
-    'activation': _read_activation(read),
+    'activation': _read_activation(read, family),
     'norm_epsilon': read.number('rms_norm_eps'),
     'tie_embeddings': read.flag('tie_word_embeddings'),
     'init_stddev': read.number('initializer_range'),
@@ -158,7 +158,7 @@ def _read_decoder(read: Fields, family: Family) -> dict[str, Any]:
   return values
 
 
-def _read_activation(read: Fields) -> str:
+def _read_activation(read: Fields, family: Family) -> str:
   if 'hidden_activation' not in read:
     return read.choice('hidden_act', ACTIVATIONS)
   # Gemma: in hidden_act, 'gelu' is an old slip for the tanh form.
@@ -167,7 +167,16 @@ def _read_activation(read: Fields) -> str:
   two = read.choice('hidden_activation', ACTIVATIONS, nullable=True)
   if one and two and one != two:
     read.refuse('hidden_activation', two, f'hidden_act says {one}')
-  return two or one or 'gelu_tanh'
+  found = {'hidden_act': one, 'hidden_activation': two}
+  said = found.pop(family.activation_field)
+  ((other, ignored),) = found.items()
+  if said is None and ignored not in (None, 'gelu_tanh'):
+    read.refuse(
+      other,
+      ignored,
+      f'models of this kind read {family.activation_field}, which is not given',
+    )
+  return said or 'gelu_tanh'
 
 
 def _read_windows(

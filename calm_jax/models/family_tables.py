@@ -20,6 +20,7 @@ class Family:
     scaled_embeddings: embeddings are multiplied by the root of the width.
     window_every: this layer of each so many has no window, where no field
       says which.
+    activation_field: the field that names the activation.
   """
 
   architecture: str
@@ -27,6 +28,7 @@ class Family:
   constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   scaled_embeddings: bool = False
   window_every: int | None = None
+  activation_field: str = 'hidden_act'
 
 
 def _decoder(
@@ -36,6 +38,7 @@ def _decoder(
   constants: Mapping[str, Any] | None = None,
   scaled_embeddings: bool = False,
   window_every: int | None = None,
+  activation_field: str = 'hidden_act',
   **defaults: Any,
 ) -> Family:
   """Sizes: V, width, feed-forward, layers, heads, key/value heads."""
@@ -63,6 +66,7 @@ def _decoder(
     constants or {},
     scaled_embeddings,
     window_every,
+    activation_field,
   )
 
 
@@ -112,6 +116,7 @@ FAMILIES = {
     constants={'norm_offset': 1.0, 'norm_placement': 'sandwich'},
     scaled_embeddings=True,
     window_every=2,
+    activation_field='hidden_activation',
     **_GEMMA,
     **_GEMMA_2,
     attn_logit_softcapping=50.0,
@@ -127,6 +132,7 @@ FAMILIES = {
       'query_key_norm': 'rms',
     },
     scaled_embeddings=True,
+    activation_field='hidden_activation',
     **_GEMMA,
     **_GEMMA_2,
     sliding_window_pattern=6,

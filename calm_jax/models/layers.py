@@ -248,6 +248,18 @@ class RopeScaling:
         f"kind = {self.kind!r} is not one of ('linear', 'llama3', 'yarn',"
         " 'dynamic')."
       )
+    for name in ('factor', 'original_length', 'beta_fast', 'beta_slow'):
+      if not getattr(self, name) > 0:
+        raise ValueError(
+          f'rope_scaling: {name} = {getattr(self, name)!r} must be above 0.'
+        )
+    if self.kind == 'llama3' and not (
+      0 < self.low_freq_factor < self.high_freq_factor
+    ):
+      raise ValueError(
+        f'rope_scaling: low_freq_factor = {self.low_freq_factor} must be above'
+        f' 0, and below high_freq_factor = {self.high_freq_factor}.'
+      )
 
   @property
   def rotary_scale(self) -> float:

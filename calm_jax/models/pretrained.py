@@ -144,9 +144,15 @@ def read_config(file: pathlib.Path) -> tuple[str, TransformerConfig]:
   try:
     if fields.get('rope_scaling'):
       fields['rope_scaling'] = RopeScaling(**fields['rope_scaling'])
-    return MODEL_TYPE, TransformerConfig(**fields)
-  except TypeError as error:  # a field is missing
-    raise ValueError(f'{file}: {error}.') from error
+    config = TransformerConfig(**fields)
+  except (TypeError, ValueError) as error:  # a field is missing, or wrong
+    raise ValueError(f'{file}: {error}') from error
+  if config.num_layers > families.MOST_LAYERS:
+    raise ValueError(
+      f'{file}: num_layers = {config.num_layers}: at most'
+      f' {families.MOST_LAYERS} are read.'
+    )
+  return MODEL_TYPE, config
 
 
 def _as_stored(

@@ -138,7 +138,10 @@ def _scaling(inner: Fields, kind: str, length: int) -> RopeScaling:
       above, below = (_mscale(found['factor'], scale) for scale in scales)
       found['attention_factor'] = above / below
   inner.finish()
-  return RopeScaling(kind, **found)
+  try:
+    return RopeScaling(kind, **found)
+  except ValueError as error:
+    raise ValueError(f'{inner.where}: {error}') from error
 
 
 def _mscale(factor: float, scale: float) -> float:

@@ -252,21 +252,21 @@ def _habits(
 ) -> tuple[dict[str, int | None], bool, bool]:
   """Finds out whether a tokenizer begins texts with BOS and ends them with EOS.
 
-  As in transformers, the settings rule where they say so, else the tokenizer's
+  At each end the settings rule where they say so, else the tokenizer's
   post-processor.
 
   Returns:
     The ids, completed by what the post-processor adds, and the two answers.
   """
   told = [settings.flag(f'add_{end}_token') for end in ('bos', 'eos')]
-  if any(answer is not None for answer in told):
-    return ids, bool(told[0]), bool(told[1])
   encoding = tokenizer.encode('a', add_special_tokens=True)
   texts = [i for i, s in enumerate(encoding.special_tokens_mask) if not s]
   first, stop = (texts[0], texts[-1] + 1) if texts else (0, 0)
   around = encoding.ids[:first], encoding.ids[stop:]
-  ids = dict(ids)
-  for role, added in zip(('bos_token', 'eos_token'), around, strict=True):
+  ids, roles = dict(ids), ('bos_token', 'eos_token')
+  for role, added, answer in zip(roles, around, told, strict=True):
+    if answer is not None:
+      continue
     if added and ids[role] is None:
       ids[role] = added[0]
     if len(added) > 1 or (added and added[0] != ids[role]):
@@ -275,7 +275,11 @@ def _habits(
         f'each text, where {role} has the id {ids[role]}; one token is known. '
         f'Say add_bos_token and add_eos_token in {settings_lib.CONFIG_FILE}.'
       )
-  return ids, bool(around[0]), bool(around[1])
+  adds_bos, adds_eos = (
+    bool(added) if answer is None else answer
+    for added, answer in zip(around, told, strict=True)
+  )
+  return ids, adds_bos, adds_eos
 
 
 @functools.cache

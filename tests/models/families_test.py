@@ -94,6 +94,7 @@ def test_absent_fields_take_the_values_of_the_family():
     ('qwen3', {}, {'head_dim': 128, 'query_key_norm': 'rms'}),
     ('gemma', {'hidden_act': 'gelu'}, {'activation': 'gelu_tanh'}),
     ('gemma', {}, {'activation': 'gelu_tanh', 'tie_embeddings': True}),
+    ('gemma2', {'hidden_activation': 'relu'}, {'activation': 'relu'}),
     (
       'gemma',
       {'hidden_activation': None, 'hidden_act': 'gelu_pytorch_tanh'},
@@ -227,6 +228,20 @@ def test_rope_by_type_of_layer():
     ('llama', {'use_bidirectional_attention': True}, 'use_bidirectional'),
     ('gemma3_text', {'attn_logit_softcapping': 50.0}, 'attn_logit_softcap'),
     ('gemma', {'hidden_act': 'silu', 'hidden_activation': 'gelu'}, 'hidden_'),
+    ('gemma', {'hidden_activation': 'relu'}, "= 'relu': .* read hidden_act,"),
+    ('gemma2', {'hidden_act': 'silu'}, "= 'silu': .* read hidden_activation"),
+    ('gemma3_text', {'hidden_act': 'silu'}, "hidden_act = 'silu'"),
+    (
+      't5',
+      {'relative_attention_max_distance': 8},
+      'relative_attention_max_distance.*: 8 distances would',
+    ),
+    ('t5', {'relative_attention_num_buckets': 3}, 'num_buckets.*: 0 distances'),
+    (
+      'llama',
+      {'rope_scaling': {'rope_type': 'llama3', **LLAMA3, 'low_freq_factor': 4}},
+      'low_freq_factor = 4.0 must be above 0, and below high_freq_fa',
+    ),
     ('qwen2', {'use_mrope': True}, 'use_mrope = True'),
     ('t5', {'is_decoder': True}, 'is_decoder = True'),
     # Rotary positions.

@@ -194,7 +194,19 @@ def test_buckets_of_distances_as_in_t5(bidirectional):
     ({'norm_placement': 'post'}, "'post' is not one of .*'sandwich'"),
     ({'query_key_norm': 'l2'}, "'l2' is not one of"),
     ({'attention_bias': 'out'}, "'out' is not one of"),
-    ({'window_pattern': (0,)}, 'a window is at least 1'),
+    ({'window_pattern': (0,)}, 'it must be windows of at least 1'),
+    ({'window_pattern': ()}, 'it must be windows of at least 1'),
+    ({'window_pattern': (2.5,)}, 'it must be windows of at least 1'),
+    ({'num_kv_heads': 0}, 'num_kv_heads = 0: it must be a whole number, at'),
+    ({'num_layers': '2'}, "num_layers = '2': it must be a whole number"),
+    ({'head_dim': True}, 'head_dim = True: it must be a whole number'),
+    ({'tie_embeddings': 'no'}, "tie_embeddings = 'no': it must be true or f"),
+    ({'rope_theta': -1}, 'rope_theta = -1: it must be a number above 0'),
+    ({'final_softcap': 0}, 'final_softcap = 0: it must be a number above 0'),
+    ({'attention_scale': 'x'}, "attention_scale = 'x': it must be a number"),
+    ({'norm_epsilon': None}, 'norm_epsilon = None: it must be a number'),
+    ({'dtype': 'foo'}, "dtype = 'foo': it must be one of"),
+    ({'param_dtype': 'int8'}, "param_dtype = 'int8': it must be one of"),
   ],
 )
 def test_a_wrong_config_says_what_is_wrong(changes, message):
@@ -205,6 +217,8 @@ def test_a_wrong_config_says_what_is_wrong(changes, message):
 def test_an_unknown_rope_scaling_is_an_error():
   with pytest.raises(ValueError, match="'ntk' is not one of .*'llama3'"):
     layers.RopeScaling('ntk', 4.0)
+  with pytest.raises(ValueError, match='factor = -1 must be above 0'):
+    layers.RopeScaling('linear', -1)
 
 
 def test_dynamic_scaling_is_refused_beyond_the_trained_length():

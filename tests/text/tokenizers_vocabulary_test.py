@@ -254,7 +254,9 @@ def test_without_tokenizer_config(files, tmp_path):
     ({}, 568, False),
     ({'add_bos_token': True}, 568, False),
     ({'add_bos_token': False}, None, False),
-    ({'add_eos_token': True}, None, True),
+    ({'add_eos_token': True}, 568, True),
+    ({'add_eos_token': False}, 568, False),
+    ({'add_bos_token': False, 'add_eos_token': True}, None, True),
     ({'add_bos_token': True, 'add_eos_token': True}, 568, True),
   ],
 )
