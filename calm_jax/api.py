@@ -29,6 +29,7 @@ def load_pretrained(
   param_dtype: str | None = None,
   quantization: QuantizationConfig | None = None,
   mesh: Mesh | None = None,
+  axis_rules: sharding.AxisRules | None = None,
   size: str | None = None,
   revision: str | None = None,
 ) -> Model:
@@ -41,6 +42,8 @@ def load_pretrained(
     param_dtype: dtype the weights are kept in; as stored if None.
     quantization: fewer bits for the matrices; see `QuantizationConfig`.
     mesh: where to put them; all devices along `data` if None.
+    axis_rules: how to split them over it, such as 'replicated'; see
+      `sharding.rules_of`.
     size: what it must be, by name ('gemma_2b').
     revision: of a hub id: a branch, a tag or a commit.
   """
@@ -49,6 +52,7 @@ def load_pretrained(
     dtype=dtype,
     param_dtype=param_dtype,
     quantization=quantization,
+    axis_rules=axis_rules,
     size=size,
     revision=revision,
   )

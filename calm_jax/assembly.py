@@ -154,7 +154,7 @@ def load(
       weights are not finite, or the mesh does not divide them.
   """
   if places is None:
-    places = _places(spec, model, mesh)
+    places = places_of(spec, model, mesh)
   keep = functools.partial(quantization.quantize_leaf, spec.quantization)
   kept = f', as {spec.quantization.kind}' if spec.quantization else ''
   if spec.weights == 'random':
@@ -184,10 +184,11 @@ def load(
   )
 
 
-def _places(spec: ModelSpec, model: transformer.Tower, mesh: Mesh) -> Any:
+def places_of(spec: ModelSpec, model: transformer.Tower, mesh: Mesh) -> Any:
   """Returns where a model's parameters go; all of them can go there."""
   boxed = jax.eval_shape(model.init_params, jax.random.key(0))
-  places = sharding.param_shardings(boxed, mesh)
+  rules = sharding.rules_of(spec.axis_rules)
+  places = sharding.param_shardings(boxed, mesh, rules)
   quantization.check_places(spec.quantization, nn.unbox(boxed), places)
   return places
 
@@ -337,8 +338,8 @@ def load_all(
 ) -> dict[str, Loaded]:
   """Loads the models of `specs`: 'anchor', and augmenting ones by name."""
   for name, spec in specs.items():  # all are sound, before any is placed
-    tower = model.anchor if name == 'anchor' else model.augmenting[name]
-    _places(spec, tower, mesh)
+    tower = model.tower(name)
+    places_of(spec, tower, mesh)
     if spec.weights == 'pretrained':
       _open(spec, tower)
   loaded = {'anchor': load(specs['anchor'], model.anchor, mesh=mesh, seed=seed)}

@@ -17,8 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from calm_jax import embedding_noise, masks, sources
 from calm_jax import lora as lora_lib
-from calm_jax import masks, sources
 from calm_jax.array_types import Array, Batch, Params
 from calm_jax.composed_cache import ComposedCache
 from calm_jax.connections import CompositionConfig, Connection
@@ -89,9 +89,13 @@ class ComposedLM:
       for name, model in self.augmenting.items()
     }
 
+  def tower(self, name: str) -> AugmentingModel:
+    """Returns the model called so; the anchor is called 'anchor'."""
+    return self.anchor if name == 'anchor' else self.augmenting[name]
+
   @property
   def readable_size(self) -> int:
-    """How many ids all models that read the anchor's tokens have rows for."""
+    """How many ids the anchor and all that read its tokens have rows for."""
     shared = self.augmenting.keys() - self.own_tokens
     towers = [self.anchor, *(self.augmenting[name] for name in shared)]
     return min(tower.config.vocab_size for tower in towers)
@@ -353,7 +357,7 @@ class ComposedLM:
   def _embed(self, params: Params, view: View) -> Array:
     x_BTD = self._apply_anchor(params, 'embed', view.tokens)
     if view.noise is not None:
-      x_BTD = layers.disturb(x_BTD, view.noise)
+      x_BTD = embedding_noise.add(x_BTD, view.noise)
     return x_BTD
 
   def _apply_anchor(self, params: Params, method: str, *args, **kwargs) -> Any:

@@ -58,11 +58,25 @@ def check(
 
 
 def describe(
-  model: ComposedLM, mesh: Mesh, trainable: str
+  model: ComposedLM,
+  specs: Mapping[str, ModelSpec],
+  mesh: Mesh,
+  trainable: str,
 ) -> tuple[Params, Params]:
-  """Prints what is trained of what; returns all shapes and shardings."""
+  """Prints what is trained of what; checks that all of it fits the mesh.
+
+  Returns:
+    The shapes of all parameters, and the shardings of those that are trained.
+  """
   boxed = jax.eval_shape(model.init_params, jax.random.key(0))
-  places, shapes = sharding.param_shardings(boxed, mesh), nn.unbox(boxed)
+  shapes = nn.unbox(boxed)
+  places = {
+    name: assembly.places_of(spec, model.tower(name), mesh)
+    for name, spec in specs.items()
+  }
+  if trainable != 'anchor':
+    places[trainable] = sharding.param_shardings(boxed[trainable], mesh)
+  places = {trainable: places[trainable]}
   say(metrics.describe(model, shapes, trainable=trainable))
   return shapes, places
 

@@ -1,10 +1,11 @@
 """The device mesh, and the one table from logical axes to mesh axes."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from flax import linen as nn
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
@@ -30,11 +31,15 @@ LOGICAL_AXIS_RULES = (
 )
 
 
+AxisRules = Literal['replicated'] | Mapping[str, str | None]
+
+
 def make_mesh(
   *,
   data: int = -1,
   fsdp: int = 1,
   tensor: int = 1,
+  slices: int = 1,
   devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
   """Arranges the devices as a mesh with the axes data, fsdp and tensor.
@@ -43,6 +48,8 @@ def make_mesh(
     data: size of the data axis; -1 takes what the other two leave.
     fsdp: over how many devices parameters are split by their width.
     tensor: over how many devices heads, feed-forward and vocabulary are split.
+    slices: of TPUs that are joined by the slower data-centre network; only the
+      data axis reaches over it, so `data` must be a multiple.
     devices: defaults to all devices of all processes.
 
   Raises:
@@ -57,8 +64,54 @@ def make_mesh(
       f' {data * fsdp * tensor} devices, and there are {len(devices)}. Choose'
       f' sizes whose product is {len(devices)}, or data=-1 for the rest.'
     )
-  grid = np.asarray(devices).reshape(data, fsdp, tensor)
-  return Mesh(grid, MESH_AXES)
+  if slices < 1 or data % slices:
+    raise ValueError(
+      f'slices = {slices} does not divide data = {data}: only the data axis'
+      ' reaches over several slices. Choose data as a multiple of it.'
+    )
+  return Mesh(
+    arrange(devices, data=data, fsdp=fsdp, tensor=tensor, slices=slices),
+    MESH_AXES,
+  )
+
+
+def arrange(
+  devices: Sequence[Any], *, data: int, fsdp: int, tensor: int, slices: int
+) -> np.ndarray:
+  """Returns the devices as [data, fsdp, tensor], neighbours side by side."""
+  if slices == 1:
+    return mesh_utils.create_device_mesh((data, fsdp, tensor), devices)
+  return mesh_utils.create_hybrid_device_mesh(
+    (data // slices, fsdp, tensor), (slices, 1, 1), devices
+  )
+
+
+def rules_of(axis_rules: AxisRules | None) -> Sequence[tuple[str, Any]]:
+  """Returns the table for one model's parameters.
+
+  Args:
+    axis_rules: 'replicated' keeps the model whole on every device; a mapping
+      replaces single rules, as in {'embed': None}; None is the table itself.
+
+  Raises:
+    ValueError: for an axis or a mesh axis that there is not.
+  """
+  table = dict(LOGICAL_AXIS_RULES)
+  if axis_rules is None:
+    return LOGICAL_AXIS_RULES
+  if axis_rules == 'replicated':
+    return tuple(dict.fromkeys(table).items())
+  if not isinstance(axis_rules, Mapping):
+    raise ValueError(
+      f"axis_rules = {axis_rules!r}: expected 'replicated' or a mapping."
+    )
+  for axis, mesh_axis in axis_rules.items():
+    if axis not in table or mesh_axis not in (None, *MESH_AXES):
+      raise ValueError(
+        f'axis_rules has {axis!r}: {mesh_axis!r}; the axes are'
+        f' {sorted(table)}, and they can go to {(*MESH_AXES, None)}.'
+      )
+  return tuple({**table, **axis_rules}.items())
 
 
 def param_shardings(

@@ -109,7 +109,8 @@ def train(
   mesh = make_mesh()
   stages.check(train_steps, batch_size, step_config, trainable, mesh)
   evaluator.check()
-  shapes, places = stages.describe(model, mesh, trainable)
+  specs = {'anchor': anchor, **kept}
+  shapes, places = stages.describe(model, specs, mesh, trainable)
   readers = assembly.build_readers(anchor, augmenting or {}, composition)
   batches = make_batches(
     batch_size=batch_size,
@@ -121,7 +122,7 @@ def train(
 
   with guards_lib.only_run(directory):
     # --- Frozen weights ------------------------------------------------------
-    specs = {'anchor': anchor, **kept} if trainable != 'anchor' else {}
+    specs = specs if trainable != 'anchor' else {}
     frozen = stages.load_frozen(directory, model, specs, mesh, random_seed)
     if summarize_config is not None and jax.process_index() == 0:
       summarize_config(directory)
@@ -134,7 +135,7 @@ def train(
       batches,
       functools.partial(train_state.create, optimizer=update, seed=random_seed),
       shapes={trainable: shapes[trainable]},
-      places={trainable: places[trainable]},
+      places=places,
       start=lambda: stages.start(model, anchor, trainable, mesh, random_seed),
     )
     first = int(state.step)

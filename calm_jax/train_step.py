@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from calm_jax import chunked_loss, losses
+from calm_jax import chunked_loss, embedding_noise, losses
 from calm_jax.array_types import Array, Batch, Params
 from calm_jax.composition import ComposedLM
 from calm_jax.train_state import TrainState
@@ -141,7 +141,9 @@ def make_train_step(
     if config.embedding_noise:
       rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
       shape_BTD = *batch['decoder_input_tokens'].shape, model.anchor.width
-      noise_BTD = draw_noise(rng, shape_BTD, most=config.embedding_noise)
+      noise_BTD = embedding_noise.draw(
+        rng, shape_BTD, most=config.embedding_noise
+      )
       batch = {**batch, 'decoder_embedding_noise': noise_BTD}
     gradients, sums = _accumulate(
       functools.partial(differentiate, state.params, frozen),
@@ -178,21 +180,6 @@ def make_train_step(
   return step
 
 
-def draw_noise(
-  rng: Array, shape: tuple[int, int, int], *, most: float
-) -> Array:
-  """Draws normal noise [B, T, D], for each token of a size in [0, most].
-
-  A composition writes vectors into the anchor's stream that are no embedding of
-  any token. A small anchor that has only seen clean embeddings is sure of
-  itself, and wrong, everywhere between them; one that has seen noise is unsure
-  there, and its gradient says what the composition should write.
-  """
-  size_rng, noise_rng = jax.random.split(rng)
-  sizes_BT1 = jax.random.uniform(size_rng, (*shape[:2], 1), maxval=most)
-  return sizes_BT1 * jax.random.normal(noise_rng, shape)
-
-
 def _accumulate(
   differentiate: Callable[[Batch], Any], batch: Batch, microbatches: int
 ) -> tuple[Params, losses.LossSums]:
@@ -224,13 +211,3 @@ def eval_fn(
     'accuracy': sums.correct / sums.weight,
     'target_tokens': sums.weight,
   }
-
-
-def score_batch(params: Params, batch: Batch, *, model: ComposedLM) -> Array:
-  """Returns log p(targets | inputs) of each row in nats, float32 [B]."""
-  logits_BTV = model(params, batch).astype(jnp.float32)
-  log_probs_BTV = jax.nn.log_softmax(logits_BTV)
-  chosen_BT = jnp.take_along_axis(
-    log_probs_BTV, batch['decoder_target_tokens'][..., None], axis=-1
-  )[..., 0]
-  return jnp.sum(chosen_BT * batch['decoder_loss_weights'], axis=-1)

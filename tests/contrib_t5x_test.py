@@ -21,11 +21,11 @@ from calm_jax import (
   checkpoints,
   composition,
   connections,
+  decoding,
   gin_setup,
   import_t5x,
   quantization,
   sharding,
-  train_step,
   trees,
 )
 from calm_jax.models import layers, pretrained, transformer
@@ -333,7 +333,7 @@ def test_scores_are_ours(run, donors):
   frozen, theta = donor_params(donors), state_of(run, STEPS, 'target')
   scores_B = model.score_batch(theta, batch, flax_mutables={'frozen': frozen})
   real_BT = np.int32(batch['decoder_target_tokens'] > 0)
-  ours_B = train_step.score_batch(
+  ours = decoding.score_batch(
     {**frozen, 'composition': theta},
     {
       **batch,
@@ -342,7 +342,7 @@ def test_scores_are_ours(run, donors):
     },
     model=model.composed,
   )
-  np.testing.assert_allclose(scores_B, ours_B, rtol=1e-5)
+  np.testing.assert_allclose(scores_B, ours.log_likelihood_B, rtol=1e-5)
 
 
 @needs_t5x

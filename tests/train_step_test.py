@@ -18,6 +18,8 @@ import pytest
 
 from calm_jax import (
   assembly,
+  decoding,
+  embedding_noise,
   flops,
   masks,
   optimizers,
@@ -26,7 +28,6 @@ from calm_jax import (
   train_step,
   trees,
 )
-from calm_jax.models import layers
 from tests import tiny, toys
 
 VOCAB = 40  # two devices can split it
@@ -114,14 +115,16 @@ def random_batch(seed, shape=(8, 8), vocab=VOCAB, segments=True):
 
 
 def test_normal_noise_is_in_units_of_each_embedding():
-  noise_BTD = train_step.draw_noise(jax.random.key(0), (64, 32, 128), most=0.5)
+  noise_BTD = embedding_noise.draw(jax.random.key(0), (64, 32, 128), most=0.5)
   sizes_BT = np.std(noise_BTD, axis=-1)
   assert 0.45 < sizes_BT.max() < 0.65  # uniform in [0, 0.5]
   assert sizes_BT.min() < 0.02
   assert abs(sizes_BT.mean() - 0.25) < 0.01
   x_TD = np.random.default_rng(0).normal(size=(3, 128)).astype(np.float32)
   x_TD *= np.array([[0.1], [1.0], [10.0]], np.float32)
-  added_T = np.asarray(layers.disturb(x_TD, np.ones_like(x_TD)) - x_TD)[:, 0]
+  added_T = np.asarray(embedding_noise.add(x_TD, np.ones_like(x_TD)) - x_TD)[
+    :, 0
+  ]
   rms_T = np.sqrt(np.mean(x_TD**2, axis=-1))
   np.testing.assert_allclose(added_T, rms_T, rtol=1e-3)
 
@@ -236,18 +239,20 @@ def test_scores_and_losses_are_sums_of_log_probabilities():
   @jax.jit
   def everything(params, batch):
     loss, _ = train_step.loss_fn(params, {}, batch, model=SMALL, z_loss=0.1)
-    scores_B = train_step.score_batch(params, batch, model=SMALL)
+    scores = decoding.score_batch(params, batch, model=SMALL)
     measured = train_step.eval_fn(params, batch, model=SMALL)
-    return SMALL(params, batch), scores_B, measured, loss
+    return SMALL(params, batch), scores, measured, loss
 
-  logits_BTV, scores_B, measured, loss = everything(params, batch)
+  logits_BTV, scores, measured, loss = everything(params, batch)
   logits_BTV = np.asarray(logits_BTV, np.float64)
   log_z_BT = np.log(np.exp(logits_BTV).sum(-1))
   chosen_BT = np.take_along_axis(logits_BTV, targets_BT[..., None], 2)[..., 0]
-  expected_B = ((chosen_BT - log_z_BT) * weights_BT).sum(-1)
+  chances_BT = chosen_BT - log_z_BT
+  expected_B = (chances_BT * weights_BT).sum(-1)
+  whole_B = (chances_BT * (weights_BT > 0)).sum(-1)
   hits_BT = logits_BTV.argmax(-1) == targets_BT
   weight = weights_BT.sum()
-  np.testing.assert_allclose(scores_B, expected_B, rtol=1e-5)
+  np.testing.assert_allclose(scores.log_likelihood_B, whole_B, rtol=1e-5)
   assert measured['target_tokens'] == weight
   close = functools.partial(pytest.approx, rel=1e-5)
   assert float(measured['loss']) == close(-expected_B.sum() / weight)
@@ -260,7 +265,7 @@ def test_scores_and_losses_are_sums_of_log_probabilities():
   changed_BT = np.where(weights_BT == 0, 7, targets_BT)
   again = everything(params, {**batch, 'decoder_target_tokens': changed_BT})
   jax.tree.map(
-    np.testing.assert_array_equal, again[1:], (scores_B, measured, loss)
+    np.testing.assert_array_equal, again[1:], (scores, measured, loss)
   )
 
 

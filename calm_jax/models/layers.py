@@ -85,12 +85,6 @@ class Dense(nn.Module):
     return out.reshape(*x.shape[:-1], self.features)
 
 
-def disturb(x: Array, noise: Array) -> Array:
-  """Adds noise in units of each vector's root mean square."""
-  mean_square = jnp.mean(jnp.square(x.astype(jnp.float32)), -1, keepdims=True)
-  return x + (noise * jnp.sqrt(mean_square + 1e-12)).astype(x.dtype)
-
-
 class RMSNorm(nn.Module):
   """Divides by the root mean square of the last axis (arXiv 1910.07467).
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from calm_jax import trees, vocabularies
+from calm_jax import sharding, trees, vocabularies
 from calm_jax.array_types import Params
 from calm_jax.models import directories, families, sizes, weight_files
 from calm_jax.models import weights as lazy
@@ -38,6 +38,9 @@ class ModelSpec:
     model_type: whose names the tensors in the directory have.
     number_embeddings: what is added to a random embedding table.
     quantization: how frozen weights are stored once loaded; None is as floats.
+    axis_rules: how this model is split over the mesh, if not by the table of
+      `sharding`: 'replicated', or single rules. A small model beside a large
+      one is best whole everywhere.
   """
 
   config: TransformerConfig
@@ -47,6 +50,7 @@ class ModelSpec:
   model_type: str = MODEL_TYPE
   number_embeddings: NumberEmbeddings | None = None
   quantization: QuantizationConfig | None = None
+  axis_rules: sharding.AxisRules | None = None
 
   def __post_init__(self):
     if self.weights not in ('pretrained', 'random'):
@@ -66,6 +70,7 @@ class ModelSpec:
         f' vocabulary has {self.vocabulary.size} words: some would have no'
         ' embedding. Give the vocabulary that belongs to the model.'
       )
+    sharding.rules_of(self.axis_rules)  # raises
     if self.quantization is not None:
       heads = self.config.num_heads * self.config.head_dim
       self.quantization.check_widths(
@@ -80,6 +85,7 @@ def pretrained_model(
   param_dtype: str | None = None,
   weights: Literal['pretrained', 'random'] = 'pretrained',
   quantization: QuantizationConfig | None = None,
+  axis_rules: sharding.AxisRules | None = None,
   size: str | None = None,
   revision: str | None = None,
 ) -> ModelSpec:
@@ -96,6 +102,7 @@ def pretrained_model(
     param_dtype: dtype the weights are kept in once loaded.
     weights: 'random' takes everything but the weights, as a control.
     quantization: how they are stored if they are frozen.
+    axis_rules: as in `ModelSpec`.
     size: what the directory must hold, a name in `sizes.NAMES`.
     revision: of a hub id: a branch, a tag or a commit.
 
@@ -125,6 +132,7 @@ def pretrained_model(
     path=path,
     model_type=model_type,
     quantization=quantization,
+    axis_rules=axis_rules,
   )
 
 
