@@ -9,6 +9,7 @@ Restore order of a run: (1) the newest good step in MODEL_DIR/checkpoints,
 """
 
 from collections.abc import Callable
+import contextlib
 import hashlib
 import json
 import logging
@@ -78,15 +79,30 @@ class Checkpoints:
       'data': data_state,
       'step': step,
     }
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(trees.flatten(state)),
-        manifest=ocp.args.JsonSave(
-          {'manifest': manifest, 'sha256': _json_digest(manifest)}
+    with self._told(step):
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(trees.flatten(state)),
+          manifest=ocp.args.JsonSave(
+            {'manifest': manifest, 'sha256': _json_digest(manifest)}
+          ),
         ),
-      ),
-    )
+      )
+
+  @contextlib.contextmanager
+  def _told(self, step: int | None):
+    """Says what is left if a save fails, this one's or the one before."""
+    try:
+      yield
+    except _DAMAGE as error:
+      good = [one for one in self.steps() if one != step]
+      reason = str(error).strip().split('\n')[0] or type(error).__name__
+      raise OSError(
+        f'A checkpoint could not be written to {self._directory} ({reason}).'
+        f' The steps {good} are there. Make room, or make it writable; the same'
+        ' command continues at the last of them.'
+      ) from error
 
   def restore(
     self, shapes: TrainState, *, warn: Callable[[str], None] = print
@@ -150,10 +166,13 @@ class Checkpoints:
 
   def wait(self) -> None:
     """Waits until the last save is committed, and raises what went wrong."""
-    self._manager.wait_until_finished()
+    with self._told(None):
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
-    self._manager.close()
+    """Waits as `wait` does, and lets go of the directory."""
+    with self._told(None):
+      self._manager.close()
 
 
 def read_tree(directory: pathlib.Path, entry: str) -> dict[str, Any]:

@@ -388,7 +388,7 @@ def _run(entry: str, rest: Sequence[str]) -> None:
         if name in inspect.signature(function).parameters
       }
     )
-  except ValueError as error:
+  except (ValueError, OSError, FloatingPointError) as error:
     if os.environ.get('CALM_JAX_TRACEBACK'):
       raise
     sys.exit(f'error: {error}\n(CALM_JAX_TRACEBACK=1 shows where it arose.)')

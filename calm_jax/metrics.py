@@ -1,6 +1,7 @@
 """What a run tells: connections, parameters, progress, metrics files."""
 
 from collections.abc import Callable, Mapping
+import contextlib
 import json
 import pathlib
 import time
@@ -117,6 +118,7 @@ class Log:
       step_flops: F_min of a batch.
     """
     self.last: dict[str, float] = {}
+    self._failed: set[str] = set()
     self._steps = steps
     self._schedule, self._step_flops = schedule, step_flops
     self._peak = peak_flops()
@@ -172,10 +174,7 @@ class Log:
       values['train/skipped_examples'] = float(skipped_examples)
     self.last = values
     if self._file is not None:
-      self._file.write(json.dumps({'step': step, **values}) + '\n')
-      self._file.flush()
-      for name, value in values.items():
-        self._board.add_scalar(name, value, step)
+      self._store(step, values)
       print(self._line(step, values), flush=True)
 
   def add(
@@ -201,10 +200,30 @@ class Log:
       for name, value in measured.items()
       if not isinstance(value, str)
     }
-    self._file.write(json.dumps({'step': step, **values}) + '\n')
-    self._file.flush()
-    for name, value in values.items():
-      self._board.add_scalar(name, value, step)
+    self._store(step, values)
+
+  def _store(self, step: int, values: Mapping[str, Any]) -> None:
+    """Writes a row; what cannot be written is told, and stops no run."""
+
+    def write_row():
+      self._file.write(json.dumps({'step': step, **values}) + '\n')
+      self._file.flush()
+
+    def write_scalars():
+      for name, value in values.items():
+        self._board.add_scalar(name, value, step)
+
+    for write, what in (
+      (write_row, 'metrics.jsonl'),
+      (write_scalars, 'TensorBoard'),
+    ):
+      try:
+        write()
+      # Whatever a logger dies of, the training is worth more.
+      except Exception as error:
+        if what not in self._failed:
+          print(f'warning: {what} cannot be written: {error}', flush=True)
+        self._failed.add(what)
 
   def check(self, step: int, measured: Mapping[str, Any]) -> None:
     """Raises ValueError if targets were left out of the loss."""
@@ -217,8 +236,10 @@ class Log:
 
   def close(self) -> None:
     if self._file is not None:
-      self._file.close()
-      self._board.close()
+      with contextlib.suppress(Exception):  # it could not be written before
+        self._file.close()
+      with contextlib.suppress(Exception):
+        self._board.close()
 
   def _rates(self, step: int, wait_seconds: float) -> dict[str, float]:
     now = time.perf_counter()

@@ -6,6 +6,8 @@ Run: pytest tests/checkpoints_test.py
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -242,6 +244,39 @@ def test_a_checkpoint_of_another_model_is_refused(
     restore(two_steps, wanted(make_state(0, **other), one_device))
 
 
+FULL = """
+import pathlib, resource, signal, sys
+import jax.numpy as jnp
+import numpy as np
+from calm_jax import checkpoints, optimizers, train_state
+noise = np.random.default_rng(0).normal(size=(300, 1000))
+update = optimizers.OptimizerConfig().make(10)
+state = train_state.create({'x': {'a': jnp.float32(noise)}}, update, seed=0)
+saved = checkpoints.Checkpoints(pathlib.Path(sys.argv[1]))
+saved.save(state.replace(step=jnp.int32(1)), data_state={})
+saved.wait()
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+  saved.save(state.replace(step=jnp.int32(2)), data_state={})
+  saved.wait()
+except OSError as error:
+  print('told:', error)
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
+  done = subprocess.run(
+    [sys.executable, '-c', FULL, str(tmp_path)], capture_output=True, text=True
+  )
+  assert 'told: A checkpoint could not be written to' in done.stdout
+  assert 'The steps [1] are there. Make room' in done.stdout
+  saved = checkpoints.Checkpoints(tmp_path)
+  assert saved.steps() == [1]
+  saved.close()
+
+
 # --- Metrics of the steps that were lost -------------------------------------
 
 
@@ -270,6 +305,35 @@ def test_metrics_are_cut_to_the_restored_step(tmp_path):
   assert read[2]['train/tokens_per_second'] == pytest.approx(
     6 / read[2]['train/seconds_per_step']
   )
+
+
+@pytest.mark.parametrize('broken', ['metrics.jsonl', 'TensorBoard'])
+def test_a_logger_that_fails_stops_no_run(broken, tmp_path, capsys):
+  log = metrics.Log(
+    tmp_path,
+    steps=(0, 9),
+    schedule=lambda step: 0.5,
+    step_flops=lambda batch: 1.0,
+  )
+
+  class Broken:
+    def fail(self, *args):
+      raise OSError('no space left')
+
+    write = flush = add_scalar = close = fail
+
+  setattr(log, '_file' if broken == 'metrics.jsonl' else '_board', Broken())
+  log.start({'decoder_input_tokens': np.zeros((2, 3))}, 0.0)
+  measured = {'loss': 2.0, 'accuracy': 0.0, 'dropped_targets': 0.0}
+  for step in (2, 3):
+    log.write(step, measured, wait_seconds=0.0)
+  log.add(3, {'task/test': {'match': 0.5}}, seconds=0.0)
+  log.close()
+  said = capsys.readouterr().out
+  assert said.count(f'{broken} cannot be written: no space left') == 1
+  assert 'step      3/9' in said
+  rows = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+  assert len(rows) == (0 if broken == 'metrics.jsonl' else 3)
 
 
 def test_evaluation_is_no_time_of_training(tmp_path, monkeypatch):
