@@ -373,7 +373,10 @@ def test_the_shipped_files_are_found_by_their_short_names():
     ('trian.batch_size = 8', 'trian'),
     ('make_mesh.fsdp = 2', r'make_mesh.fsdp is set, and train does not us'),
     ('evaluate.random_seed = 8', 'evaluate.random_seed is set, and train does'),
-    ('StepConfig.z_loss = %Z_LOSS', 'The macro .*Z_LOSS.* is used and not set'),
+    (
+      'OptimizerConfig.weight_decay = %Z_LOSS',
+      'The macro .*Z_LOSS.* is used and not set',
+    ),
     (
       'npz_batches.path = %gin.REQUIRED',
       r'npz_batches.path is required and no',
