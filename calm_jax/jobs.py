@@ -5,11 +5,14 @@ to a file of its own; the lines that tell how far it is are shown as they come.
 """
 
 from collections.abc import Iterable, Sequence
+import contextlib
 import os
 import pathlib
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
 
 # Lines that tell how far a job is begin so.
@@ -104,7 +107,7 @@ class Job:
 
 
 def run(chains: Iterable[Sequence[Job]], *, at_once: int | None = None) -> None:
-  """Runs the jobs that are not finished.
+  """Runs the jobs that are not finished; ended early, it ends those running.
 
   Args:
     chains: jobs that follow one another. Chains run side by side, and begin in
@@ -124,6 +127,26 @@ def run(chains: Iterable[Sequence[Job]], *, at_once: int | None = None) -> None:
     if left:
       waiting.append(left)
   at_once = min(len(waiting), at_once or os.cpu_count() or 1)
+  with _sigterm_as_exit():
+    _run_waiting(waiting, at_once)
+
+
+@contextlib.contextmanager
+def _sigterm_as_exit():
+  """Lets SIGTERM unwind the stack, as Ctrl-C does, so that no job is left."""
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+  before = signal.signal(
+    signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+  )
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+def _run_waiting(waiting: list[list[Job]], at_once: int) -> None:
   running: dict[subprocess.Popen, list[Job]] = {}
   try:
     while waiting or running:

@@ -3,8 +3,11 @@
 Run: pytest tests/jobs_test.py
 """
 
+import os
 import signal
+import subprocess
 import sys
+import time
 
 import pytest
 
@@ -62,6 +65,28 @@ def test_a_failed_stage_ends_the_others(tmp_path, monkeypatch):
     jobs.run([[endless], [fails, never]])
   assert started[0].returncode == -signal.SIGTERM
   assert not never.log.exists()
+
+
+def test_sigterm_ends_the_jobs_too(tmp_path):
+  program = (
+    'import pathlib, sys\n'
+    'from calm_jax import jobs\n'
+    'product = pathlib.Path(sys.argv[1])\n'
+    'job = jobs.Job("train", [], products=[product], name="x")\n'
+    'job.command = [sys.executable, "-c",\n'
+    '  "import os, time; print(os.getpid(), flush=True); time.sleep(600)"]\n'
+    'jobs.run([[job]])\n'
+  )
+  product = tmp_path / 'a' / 'product'
+  log = product.parent / 'train.log'
+  process = subprocess.Popen([sys.executable, '-c', program, str(product)])
+  end = time.monotonic() + 60
+  while not (log.exists() and log.read_text()) and time.monotonic() < end:
+    time.sleep(0.1)
+  process.terminate()
+  assert process.wait(timeout=60) == 128 + signal.SIGTERM
+  with pytest.raises(ProcessLookupError):
+    os.kill(int(log.read_text()), 0)
 
 
 def test_a_job_that_makes_nothing_has_failed(tmp_path):
