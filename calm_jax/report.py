@@ -10,11 +10,12 @@ import pathlib
 
 from calm_jax import attention_maps, evaluate
 from calm_jax.models.pretrained import ModelSpec
-from calm_jax.reporting import page, runs, scores, sections
+from calm_jax.reporting import page, pictures, runs, scores, sections
 
 PLAIN = {'m_A': 'augmenting', 'm_B': 'anchor'}
 
 
+@pictures.plain_text
 def report(
   *,
   output_dir: str,

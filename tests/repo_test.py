@@ -100,8 +100,8 @@ WITHIN_A_FLOOR = {
   'reporting.page': 'reporting.scores',
   'reporting.sections': 'attention_maps reporting.page reporting.pictures'
   ' reporting.runs reporting.scores',
-  'report': 'attention_maps evaluate reporting.page reporting.runs'
-  ' reporting.scores reporting.sections',
+  'report': 'attention_maps evaluate reporting.page reporting.pictures'
+  ' reporting.runs reporting.scores reporting.sections',
   'sweep': 'jobs report reporting.runs reporting.scores',
   'gin_setup': 'convert evaluate import_t5x infer report sweep train',
 }

@@ -357,6 +357,17 @@ def test_what_is_broken_is_refused(tmp_path, columns):
   assert not (tmp_path / 'out').exists()
 
 
+def test_a_task_without_any_finite_number_is_a_gap(tmp_path):
+  run_dir = write_run(tmp_path / 'x', composed={KEYS: 20.0, SUM: 1.0})
+  file = tmp_path / 'x' / 'eval' / 'results.json'
+  results = json.loads(file.read_text())
+  results['composed'][SUM] = {'exact_match': float('nan')}
+  file.write_text(json.dumps(results))
+  page, _ = make(tmp_path, {'CALM $': (run_dir,), '$\\foo$': (run_dir,)})
+  assert f'{SUM} has no finite number in any run.' in page.text
+  assert [row[0].split(' ')[0] for row in page.tables[0][1:]] == [KEYS]
+
+
 def test_numbers_that_are_none_are_left_out():
   def run(value):
     tasks = {'composed': {KEYS: {'f1': value}}}

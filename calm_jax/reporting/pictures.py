@@ -23,17 +23,17 @@ _COLOURS = (
 _GREYS = ('#8a939c', '#4f5a64')
 
 
-def _plain_text(draw: Callable[..., Any]) -> Callable[..., Any]:
-  """Makes a drawing function write names as they are: $ begins no formula."""
+def plain_text(function: Callable[..., Any]) -> Callable[..., Any]:
+  """Makes a function draw names as they are: $ begins no formula."""
 
-  @functools.wraps(draw)
-  def drawn(*args: Any, **kwargs: Any) -> Any:
+  @functools.wraps(function)
+  def drawing(*args: Any, **kwargs: Any) -> Any:
     import matplotlib
 
     with matplotlib.rc_context({'text.parse_math': False}):
-      return draw(*args, **kwargs)
+      return function(*args, **kwargs)
 
-  return drawn
+  return drawing
 
 
 def colours(trained: Sequence[str], frozen: Sequence[str]) -> dict[str, str]:
@@ -45,7 +45,6 @@ def colours(trained: Sequence[str], frozen: Sequence[str]) -> dict[str, str]:
   }
 
 
-@_plain_text
 def score_bars(
   cells: Mapping[str, Score], title: str, colour: Mapping[str, str]
 ) -> Any:
@@ -77,7 +76,6 @@ def score_bars(
   return figure
 
 
-@_plain_text
 def forgetting(
   changes: Mapping[str, Mapping[str, tuple[Score, Score, Score]]],
   colour: Mapping[str, str],
@@ -113,7 +111,6 @@ def forgetting(
   return figure
 
 
-@_plain_text
 def loss_curves(
   columns: Mapping[str, Sequence[Run]],
   colour: Mapping[str, str],
@@ -172,7 +169,6 @@ def first_loss(runs: Sequence[Run]) -> float | None:
   return sum(first) / len(first) if first else None
 
 
-@_plain_text
 def ablations(
   measured: Mapping[str, Score],
   runs: Mapping[str, Run],

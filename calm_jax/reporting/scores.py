@@ -76,6 +76,8 @@ def choose_metrics(
         numbers |= dict.fromkeys(
           name for name, v in tasks.get(row, {}).items() if _is_number(v)
         )
+    if not numbers:
+      continue  # nothing finite; `Table.gaps` says so
     scores = [name for name in numbers if name not in COUNTS]
     metric = wanted.get(row, wanted.get(_task(row)))
     if metric is None and scores:
@@ -177,12 +179,14 @@ class Table:
     cells: scores by row and column, the plain models first.
     plain: names of the columns of models that nothing has trained.
     names: those of the other columns.
+    empty: rows of which no run has a finite number.
   """
 
   metrics: Mapping[str, str]
   cells: Mapping[str, Mapping[str, Score]]
   plain: tuple[str, ...]
   names: tuple[str, ...]
+  empty: tuple[str, ...] = ()
 
   @classmethod
   def of(
@@ -221,7 +225,7 @@ class Table:
     first = next(iter(columns.values()))
     rows = rows_of([run for runs in columns.values() for run in runs])
     cells = {}
-    for row in rows:
+    for row in (one for one in rows if one in chosen):
       cells[row] = {
         name: (score if system in trained else frozen_score)(
           first, system, row, chosen[row]
@@ -230,7 +234,8 @@ class Table:
       }
       for name, runs in columns.items():
         cells[row][name] = score(runs, runs[0].system, row, chosen[row])
-    return cls(chosen, cells, tuple(plain), tuple(columns))
+    empty = tuple(row for row in rows_of(everything) if row not in chosen)
+    return cls(chosen, cells, tuple(plain), tuple(columns), empty)
 
   def check_rows(self, rows: Iterable[str]) -> None:
     """Raises ValueError if there are scores, and none of one of these."""
@@ -273,7 +278,7 @@ class Table:
 
   def gaps(self) -> list[str]:
     """Returns what is missing of the table, or cannot be compared."""
-    found = []
+    found = [f'{row} has no finite number in any run.' for row in self.empty]
     for row, cells in self.cells.items():
       lacking = [name for name, one in cells.items() if not one.values]
       if lacking:
