@@ -46,6 +46,8 @@ def only_run(directory: pathlib.Path):
         f' {file.read().strip() or "of another process"}. Wait for it, end it,'
         ' or choose another MODEL_DIR.'
       ) from None
+    except OSError as error:  # a file system without locks
+      print(f'warning: {directory} cannot be locked ({error}).', flush=True)
     file.truncate(0)
     file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
     file.flush()

@@ -3,6 +3,7 @@
 Run: pytest tests/guards_test.py
 """
 
+import errno
 import os
 import signal
 import subprocess
@@ -59,6 +60,18 @@ def test_two_runs_share_no_directory_and_a_kill_leaves_no_lock(tmp_path):
   assert found.startswith(f'process {os.getpid()} on ')
   with guards.only_run(tmp_path):
     pass
+
+
+def test_where_nothing_can_be_locked_a_run_goes_on(
+  tmp_path, monkeypatch, capsys
+):
+  def no_locks(*args):
+    raise OSError(errno.ENOLCK, 'No locks available')
+
+  monkeypatch.setattr(guards.fcntl, 'flock', no_locks)
+  with guards.only_run(tmp_path):
+    pass
+  assert 'cannot be locked ([Errno 37] No locks' in capsys.readouterr().out
 
 
 def test_a_hang_ends_the_process_and_shows_where_it_was(tmp_path):
