@@ -50,11 +50,13 @@ def start(program, directory):
 
 def test_two_runs_share_no_directory_and_a_kill_leaves_no_lock(tmp_path):
   with start(HOLD, tmp_path) as process:
-    assert process.stdout.readline() == 'held\n'
-    with pytest.raises(ValueError, match=f'process {process.pid} on '):
-      with guards.only_run(tmp_path):
-        pass
-    process.send_signal(signal.SIGKILL)
+    try:
+      assert process.stdout.readline() == 'held\n'
+      with pytest.raises(ValueError, match=f'process {process.pid} on '):
+        with guards.only_run(tmp_path):
+          pass
+    finally:
+      process.send_signal(signal.SIGKILL)
   with guards.only_run(tmp_path):
     found = (tmp_path / guards.LOCK_FILE).read_text()
   assert found.startswith(f'process {os.getpid()} on ')
