@@ -135,11 +135,13 @@ class OnlyWords:
   """A model that cannot say special tokens."""
 
   def __init__(self, model):
-    self.empty_cache, self._extend = model.empty_cache, model.extend
-    self.own_tokens = model.own_tokens
+    self._model = model
+
+  def __getattr__(self, name):
+    return getattr(self._model, name)
 
   def extend(self, *args, **settings):
-    logits_BTV, cache = self._extend(*args, **settings)
+    logits_BTV, cache = self._model.extend(*args, **settings)
     return logits_BTV[..., :11], cache
 
 

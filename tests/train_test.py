@@ -315,6 +315,7 @@ def test_sigterm_saves_and_the_same_command_continues(
   finished, donors, tmp_path, capsys
 ):
   """At a step that is no checkpoint of its own."""
+  before = signal.getsignal(signal.SIGTERM)
   told = functools.partial(toy_batches, sigterm_at=3)
   with pytest.raises(SystemExit) as stopped:
     run(tmp_path, donors, make_batches=told, checkpoint_every=50)
@@ -324,7 +325,7 @@ def test_sigterm_saves_and_the_same_command_continues(
     re.search(r'Told to stop: saved step (\d)', capsys.readouterr().out)[1]
   )
   assert 1 <= step <= 3
-  assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+  assert signal.getsignal(signal.SIGTERM) == before
   run(tmp_path, donors, checkpoint_every=50)
   assert f'trained from step {step}' in capsys.readouterr().out
   file = 'composition.safetensors'
