@@ -94,11 +94,10 @@ class ComposedLM:
     return self.anchor if name == 'anchor' else self.augmenting[name]
 
   @property
-  def readable_size(self) -> int:
-    """How many ids the anchor and all that read its tokens have rows for."""
+  def token_readers(self) -> list[AugmentingModel]:
+    """The anchor, and the models that read its tokens."""
     shared = self.augmenting.keys() - self.own_tokens
-    towers = [self.anchor, *(self.augmenting[name] for name in shared)]
-    return min(tower.config.vocab_size for tower in towers)
+    return [self.anchor, *(self.augmenting[name] for name in shared)]
 
   @property
   def composed_layers(self) -> tuple[int, ...]:

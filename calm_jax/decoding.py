@@ -213,7 +213,12 @@ def _readable(logits_B1V: Array, model: ComposedLM) -> Array:
 
   Tables are padded to different sizes even where the vocabulary is one.
   """
-  return logits_B1V[:, 0, : model.readable_size]
+  return logits_B1V[:, 0, : readable_size(model)]
+
+
+def readable_size(model: ComposedLM) -> int:
+  """Returns how many ids all that read the anchor's tokens have rows for."""
+  return min(tower.config.vocab_size for tower in model.token_readers)
 
 
 def _choose(

@@ -284,9 +284,7 @@ def round_up(
 
 def longest_text(model: ComposedLM) -> int | None:
   """Returns how many of the anchor's tokens a model can read; None is all."""
-  shared = model.augmenting.keys() - model.own_tokens
-  towers = [model.anchor, *(model.augmenting[name] for name in shared)]
-  limits = [tower.config.longest for tower in towers]
+  limits = [tower.config.longest for tower in model.token_readers]
   return min((one for one in limits if one is not None), default=None)
 
 

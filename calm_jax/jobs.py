@@ -16,7 +16,7 @@ import threading
 import time
 
 # Lines that tell how far a job is begin so.
-_PROGRESS = ('step ', 'Done', 'composed ')
+_PROGRESS = ('step ', 'Done', 'composed ', 'lora ', 'finetuned ')
 
 
 class JobError(ValueError):
@@ -44,7 +44,7 @@ class Job:
         first.
       name: as it is called in what is shown.
       launcher: what runs an entry point elsewhere, given its name and flags,
-        such as ('bash', 'launch/run.sh', 'slurm'); here if empty.
+        such as ('bash', 'submit_and_wait.sh'); here if empty.
     """
     self.products = products
     self.name = name

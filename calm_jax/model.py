@@ -13,6 +13,7 @@ import numpy as np
 from calm_jax import (
   alignment,
   batches,
+  decoding,
   generation,
   metrics,
   run_files,
@@ -245,7 +246,7 @@ class Model:
 
   def _check_ids(self, ids: Any, *, what: str) -> None:
     """Raises ValueError for an id beyond a table, where JAX gives NaN."""
-    _check_range(ids, self.composed.readable_size, what=what)
+    _check_range(ids, decoding.readable_size(self.composed), what=what)
 
   def _check_readings(
     self, name: str, readings: Sequence[alignment.Reading]

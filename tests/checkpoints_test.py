@@ -280,16 +280,20 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
 # --- Metrics of the steps that were lost -------------------------------------
 
 
+def open_log(directory, first=0):
+  return metrics.Log(
+    directory,
+    steps=(first, 9),
+    schedule=lambda step: 0.5,
+    step_flops=lambda batch: 1.0,
+  )
+
+
 def test_metrics_are_cut_to_the_restored_step(tmp_path):
   file = tmp_path / 'metrics.jsonl'
   rows = [json.dumps({'step': step, 'train/loss': 1.0}) for step in (1, 2, 3)]
   file.write_text('\n'.join(rows) + '\n{"step": 4, "train/lo')
-  log = metrics.Log(
-    tmp_path,
-    steps=(2, 9),
-    schedule=lambda step: 0.5,
-    step_flops=lambda batch: 1.0,
-  )
+  log = open_log(tmp_path, first=2)
   log.start({'decoder_input_tokens': np.zeros((2, 3))}, 0.0)
   measured = {'loss': 2.0, 'accuracy': 0.0, 'dropped_targets': 0.0}
   log.write(5, measured, wait_seconds=0.0, skipped_examples=7)
@@ -309,12 +313,7 @@ def test_metrics_are_cut_to_the_restored_step(tmp_path):
 
 @pytest.mark.parametrize('broken', ['metrics.jsonl', 'TensorBoard'])
 def test_a_logger_that_fails_stops_no_run(broken, tmp_path, capsys):
-  log = metrics.Log(
-    tmp_path,
-    steps=(0, 9),
-    schedule=lambda step: 0.5,
-    step_flops=lambda batch: 1.0,
-  )
+  log = open_log(tmp_path)
 
   class Broken:
     def fail(self, *args):
@@ -339,12 +338,7 @@ def test_a_logger_that_fails_stops_no_run(broken, tmp_path, capsys):
 def test_evaluation_is_no_time_of_training(tmp_path, monkeypatch):
   now = [100.0]
   monkeypatch.setattr(metrics.time, 'perf_counter', lambda: now[0])
-  log = metrics.Log(
-    tmp_path,
-    steps=(0, 9),
-    schedule=lambda step: 0.5,
-    step_flops=lambda batch: 1.0,
-  )
+  log = open_log(tmp_path)
   log.start({'decoder_input_tokens': np.zeros((2, 3))}, 0.0)
   now[0] += 50 + 2
   log.add(2, {'task/test': {'match': 0.5, 'signature': 'x'}}, seconds=50)

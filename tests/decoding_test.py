@@ -244,7 +244,7 @@ def test_no_token_is_chosen_that_a_model_has_no_row_for():
     augmenting={'code': short},
     mapping=[tiny.connection(0, 0)],
   )
-  assert (model.readable_size, anchor.vocab_size) == (20, tiny.VOCAB)
+  assert decoding.readable_size(model) == 20 < anchor.vocab_size
   params = toys.params(model)
   # What the anchor would like best is beyond the other's table.
   kernel = params['anchor']['head']['kernel'].copy()

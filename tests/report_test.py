@@ -357,6 +357,24 @@ def test_what_is_broken_is_refused(tmp_path, columns):
   assert not (tmp_path / 'out').exists()
 
 
+def test_many_columns_are_lines(tmp_path):
+  """More than a screen has room for; the best of each task is still marked."""
+  columns = {
+    f'run {i}': (
+      write_run(tmp_path / str(i), composed={SUM: 10.0 * i, KEYS: 90.0 - i}),
+    )
+    for i in range(9)
+  }
+  page, _ = make(tmp_path, columns, plain={})
+  head, *lines = page.tables[0]
+  assert [cell.split(' ')[0] for cell in head] == ['', SUM, KEYS]
+  assert [line[0] for line in lines] == list(columns)
+  assert lines[3] == ['run 3', '30.0 | n = 1', '87.0 | n = 1']
+  best = [line for line in page.best[1:10]]
+  assert best[0] == [False, False, True] and best[8] == [False, True, False]
+  assert sum(map(sum, best)) == 2
+
+
 def test_a_task_without_any_finite_number_is_a_gap(tmp_path):
   run_dir = write_run(tmp_path / 'x', composed={KEYS: 20.0, SUM: 1.0})
   file = tmp_path / 'x' / 'eval' / 'results.json'
