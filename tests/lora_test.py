@@ -1,6 +1,7 @@
 """LoRA on the anchor, the baseline. Run: pytest tests/lora_test.py"""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -98,6 +99,30 @@ def test_scanned_stacks_are_the_same():
   tiny.assert_close(
     tiny.logits(scanned, stacked, BATCH), tiny.logits(MODEL, params, BATCH)
   )
+
+
+@pytest.mark.parametrize('stack', ['loop', 'scan'])
+def test_chunks_and_remat_leave_the_gradient_as_it_is(stack):
+  model = with_lora(stack=stack)
+  again = composition.ComposedLM(model.anchor, lora=CONFIG, remat=True)
+  assert again.anchor.remat_from == 0
+  params = drawn(MODEL)
+  if stack == 'scan':
+    params = {
+      key: stacking.restack(
+        one, source=MODEL.anchor, target=model.anchor, stack=np.stack
+      )
+      for key, one in params.items()
+    }
+  theta, frozen = {'lora': params['lora']}, {'anchor': params['anchor']}
+  found = []
+  for one, chunk in ((model, None), (again, 3)):
+    loss = functools.partial(train_step.loss_fn, model=one, loss_chunk=chunk)
+    found.append(jax.jit(jax.grad(loss, has_aux=True))(theta, frozen, BATCH)[0])
+  largest = max(np.abs(g).max() for g in jax.tree.leaves(found[0]))
+  assert largest > 0
+  for one, other in zip(*map(jax.tree.leaves, found), strict=True):
+    np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * largest)
 
 
 def test_only_the_updates_are_trained():

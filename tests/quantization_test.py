@@ -307,6 +307,30 @@ def test_a_composition_of_quantised_models_trains(kind, stack):
     assert costs[0] == costs[1]
 
 
+@pytest.mark.parametrize('kind', ['int8', 'nf4'])
+def test_a_chunked_loss_reads_quantised_heads(kind):
+  model = composed('loop')
+  config = QuantizationConfig(kind, leaves='kernels_and_table')
+  params = quantized_params(model, config)
+  theta = {'composition': params.pop('composition')}
+  frozen = jax.tree.map(jnp.asarray, params)
+  batch = tiny.jnp_batch(tiny.batch_of(tiny.tokens((4, 8))))
+  found = []
+  for chunk in (None, 3):
+    loss = functools.partial(train_step.loss_fn, model=model, loss_chunk=chunk)
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    found.append(step(theta, frozen, batch))
+  (whole, _), gradients = found[0]
+  (chunked, _), others = found[1]
+  np.testing.assert_allclose(chunked, whole, rtol=1e-5)
+  largest = max(np.abs(g).max() for g in jax.tree.leaves(gradients))
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5 * largest),
+    others,
+    gradients,
+  )
+
+
 def test_reports_count_what_the_weights_stand_for():
   model = composed('scan')
   plain = toys.params(model)
