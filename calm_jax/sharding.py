@@ -5,6 +5,7 @@ from typing import Any
 
 from flax import linen as nn
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
@@ -145,6 +146,21 @@ def put_batch(
     )
     for key, rows in batch.items()
   }
+
+
+def collect(array: Any) -> np.ndarray:
+  """Copies an array to the host, whole; every process must take part.
+
+  Args:
+    array: on the host or on devices, of which other processes may hold parts.
+  """
+  if (
+    isinstance(array, jax.Array)
+    and not array.is_fully_addressable
+    and not array.is_fully_replicated
+  ):
+    return multihost_utils.process_allgather(array, tiled=True)
+  return np.asarray(jax.device_get(array))
 
 
 def constrain(x: Any, *logical_axes: str | None) -> Any:

@@ -21,8 +21,9 @@ PACKAGE = ROOT / 'calm_jax'
 # A module imports from lower floors; the table below allows the few others.
 FLOORS = (
   'array_types trees',
-  'masks losses sharding quantization vocabularies text.files text.settings'
-  ' text.added_tokens text.ends text.chat_process text.chat_templates text.base'
+  'masks losses sharding distributed quantization vocabularies text.files'
+  ' text.settings text.added_tokens text.ends text.chat_process'
+  ' text.chat_templates text.base'
   ' text.byte_vocabularies text.sentencepiece_vocabulary'
   ' text.tokenizers_vocabulary alignment',
   'models.layers models.config models.attention models.transformer'
