@@ -7,13 +7,15 @@ to a file of its own; the lines that tell how far it is are shown as they come.
 from collections.abc import Iterable, Sequence
 import os
 import pathlib
+import re
 import shlex
 import subprocess
 import sys
 import time
 
-# Lines that tell how far a job is begin so.
-_PROGRESS = ('step ', 'Done', 'composed ')
+# Lines that tell how far a job is begin so, after the name of a worker as
+# launch/run.sh ('[worker 0] ') and srun ('0: ') write it.
+_PROGRESS = re.compile(r'(?:\[worker \d+\] | *\d+: )?(step |Done|composed )')
 
 
 class JobError(ValueError):
@@ -86,7 +88,7 @@ class Job:
       JobError: if the process has failed, or has not made its product.
     """
     code = process.poll()
-    lines = [line for line in self.lines() if line.startswith(_PROGRESS)]
+    lines = [line for line in self.lines() if _PROGRESS.match(line)]
     if lines and self._shown != lines[-1]:
       self._shown = lines[-1]
       print(f'[{self.name}] {self._shown}', flush=True)
