@@ -78,6 +78,7 @@ find_python() {
     --constraint "$root/constraints.txt" --editable "$root")
   if (( dry_run )); then
     show "$base" -m venv "$venv"
+    show "$python" -m pip install --quiet --upgrade pip
     show "${install[@]}"
     return
   fi
