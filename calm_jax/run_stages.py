@@ -182,7 +182,12 @@ def export_trained(
   trained: Params,
   export_dtype: str | None,
 ) -> None:
-  """Writes what was trained as safetensors, on process 0."""
+  """Writes what was trained as safetensors, on process 0.
+
+  The others only give what they hold of it.
+  """
+  if jax.process_count() > 1:
+    trained = jax.tree.map(sharding.collect, trained)
   if jax.process_index():
     return
 

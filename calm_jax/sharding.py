@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from flax import linen as nn
 import jax
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
@@ -198,6 +198,21 @@ def put_batch(
     )
     for key, rows in batch.items()
   }
+
+
+def collect(array: Any) -> np.ndarray:
+  """Copies an array to the host, whole; every process must take part.
+
+  Args:
+    array: on the host or on devices, of which other processes may hold parts.
+  """
+  if (
+    isinstance(array, jax.Array)
+    and not array.is_fully_addressable
+    and not array.is_fully_replicated
+  ):
+    return multihost_utils.process_allgather(array, tiled=True)
+  return np.asarray(jax.device_get(array))
 
 
 def constrain(x: Any, *logical_axes: str | None) -> Any:

@@ -62,7 +62,7 @@ def sweep(
       'AUGMENTING_PATH'; how a run was trained it finds in MODEL_DIR.
     at_once: how many runs side by side; None is one on each core.
     launcher: what runs an entry point elsewhere, given its name and flags,
-      such as ('bash', 'submit_and_wait.sh'); here if empty.
+      such as ('bash', 'launch/run.sh', 'slurm'); here if empty.
     title: of the page.
     metrics: as in `report`.
     anchor_tasks: as in `report`.

@@ -128,3 +128,14 @@ def test_each_core_takes_one_of_several(tmp_path):
     for (job,) in chains:
       alone = '--xla_cpu_multi_thread_eigen=false' not in job.log.read_text()
       assert alone == (count == 1)
+
+
+def test_progress_is_shown_whoever_tells_it(tmp_path, capsys):
+  lines = ['step 1', '[worker 0] step 2', ' 3: Done', '[worker 1] no', '4: no']
+  for i, line in enumerate(lines):
+    product = tmp_path / str(i) / 'product'
+    show = f'print({line!r})\n'
+    jobs.run([[job_that(product, show + write(product).replace('Done', ''))]])
+  said = capsys.readouterr().out
+  assert all(f'] {line}\n' in said for line in lines[:3])
+  assert 'no\n' not in said
