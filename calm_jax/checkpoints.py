@@ -17,10 +17,11 @@ import pathlib
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 import orbax.checkpoint as ocp
 
-from calm_jax import sharding, trees
+from calm_jax import replicas, sharding, trees
 from calm_jax.train_state import TrainState
 
 # A damaged step shows itself through any of these, depending on what was hit.
@@ -69,10 +70,15 @@ class Checkpoints:
     Args:
       state: on any mesh.
       data_state: JSON-serialisable position of the data after this step.
+
+    Raises:
+      OSError: if it, or the one before, cannot be written.
+      DivergenceError: if devices hold unequal copies; nothing is written.
     """
     step = int(state.step)
     if step in self._manager.all_steps():
       return
+    replicas.check(state)
     manifest = {
       'arrays': _digests(state),
       'shapes': _shapes(state),
@@ -97,7 +103,7 @@ class Checkpoints:
       yield
     except _DAMAGE as error:
       good = [one for one in self.steps() if one != step]
-      reason = str(error).strip().split('\n')[0] or type(error).__name__
+      reason = _first_line(error)
       raise OSError(
         f'A checkpoint could not be written to {self._directory} ({reason}).'
         f' The steps {good} are there. Make room, or make it writable; the same'
@@ -123,11 +129,12 @@ class Checkpoints:
     steps, reasons = self.steps(), []
     for step in reversed(steps):
       try:
+        self._agree_on(step)
         return self._restore_step(step, shapes)
       except _OtherModelError:
         raise
       except _DAMAGE as error:
-        reason = str(error).strip().split('\n')[0] or type(error).__name__
+        reason = _first_line(error)
         reasons.append(f'{step}: {reason}')
         warn(f'{self._directory / str(step)} is damaged and skipped: {reason}')
     if steps:
@@ -138,15 +145,29 @@ class Checkpoints:
       )
     return None
 
+  def _agree_on(self, step: int) -> None:
+    """Lets process 0 read the whole step, if there are others.
+
+    Raises:
+      ValueError: on every process, if it is damaged. If one alone found that
+        while all restore, the others would wait for it for ever.
+    """
+    if jax.process_count() == 1:
+      return
+    reason = ''
+    if jax.process_index() == 0:
+      folder = self._directory / str(step)
+      try:
+        _check_arrays(_read_on_host(folder / 'state'), _read_manifest(folder))
+      except _DAMAGE as error:
+        reason = _first_line(error)
+    if multihost_utils.broadcast_one_to_all(np.asarray(bool(reason))):
+      raise ValueError(reason or 'process 0 has found it damaged')
+
   def _restore_step(
     self, step: int, shapes: TrainState
   ) -> tuple[TrainState, dict[str, Any]]:
-    manifest = self._manager.restore(
-      step, args=ocp.args.Composite(manifest=ocp.args.JsonRestore())
-    )['manifest']
-    if _json_digest(manifest['manifest']) != manifest['sha256']:
-      raise ValueError('its manifest does not match its own hash')
-    manifest = manifest['manifest']
+    manifest = _read_manifest(self._directory / str(step))
     saved, wanted = manifest['shapes'], _shapes(shapes)
     if saved != wanted:
       raise _OtherModelError(
@@ -159,9 +180,7 @@ class Checkpoints:
       step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
     )['state']
     state = _from_dict(restored, shapes)
-    for name, digest in _digests(state).items():
-      if manifest['arrays'][name] != digest:
-        raise ValueError(f'the bytes of {name} do not match their hash')
+    _check_arrays(trees.flatten(state), manifest)
     return state, manifest['data']
 
   def wait(self) -> None:
@@ -190,28 +209,61 @@ def read_tree(directory: pathlib.Path, entry: str) -> dict[str, Any]:
   """
   logging.getLogger('absl').setLevel(logging.ERROR)
   directory = pathlib.Path(directory).absolute()
-  with ocp.PyTreeCheckpointer() as checkpointer:
-    try:
-      found = checkpointer.metadata(directory).item_metadata
-      if found is None or entry not in found.tree:
-        raise ValueError('no such entry' if found else 'no metadata')
-      wanted = {entry: found.tree[entry]}
-      return checkpointer.restore(
-        directory,
-        args=ocp.args.PyTreeRestore(
-          item=wanted,
-          restore_args=jax.tree.map(
-            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted
-          ),
-          partial_restore=True,
+  try:
+    return _read_on_host(directory, entry)[entry]
+  except _DAMAGE as error:
+    raise ValueError(
+      f'{directory} cannot be read as an Orbax checkpoint with the entry'
+      f' {entry!r} ({_first_line(error)}). Copy it again from where it came'
+      ' from.'
+    ) from error
+
+
+def _read_on_host(
+  directory: pathlib.Path, entry: str | None = None
+) -> dict[str, Any]:
+  """Reads a tree, or one entry of it, as numpy; in this process alone."""
+  me = jax.process_index()
+  alone = {
+    'multiprocessing_options': ocp.options.MultiprocessingOptions(
+      primary_host=me, active_processes={me}, barrier_sync_key_prefix=f'of_{me}'
+    )
+  }
+  handler = ocp.PyTreeCheckpointHandler(**alone)
+  with ocp.Checkpointer(handler, **alone) as checkpointer:
+    found = checkpointer.metadata(directory).item_metadata
+    if found is None or entry not in (None, *found.tree):
+      raise ValueError('no such entry' if found else 'no metadata')
+    wanted = found.tree if entry is None else {entry: found.tree[entry]}
+    return checkpointer.restore(
+      directory,
+      args=ocp.args.PyTreeRestore(
+        item=wanted,
+        restore_args=jax.tree.map(
+          lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted
         ),
-      )[entry]
-    except _DAMAGE as error:
-      reason = str(error).strip().split('\n')[0] or type(error).__name__
-      raise ValueError(
-        f'{directory} cannot be read as an Orbax checkpoint with the entry'
-        f' {entry!r} ({reason}). Copy it again from where it came from.'
-      ) from error
+        partial_restore=True,
+      ),
+    )
+
+
+def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
+  """Reads what `save` has written about a step; ValueError if it is damaged."""
+  found = json.loads((folder / 'manifest' / 'metadata').read_text())
+  if _json_digest(found['manifest']) != found['sha256']:
+    raise ValueError('its manifest does not match its own hash')
+  return found['manifest']
+
+
+def _check_arrays(leaves: dict[str, Any], manifest: dict[str, Any]) -> None:
+  """Raises ValueError unless all bytes are those that were saved."""
+  for name, digest in manifest['arrays'].items():
+    if trees.digest(sharding.collect(leaves[name])) != digest:
+      raise ValueError(f'the bytes of {name} do not match their hash')
+
+
+def _first_line(error: Exception) -> str:
+  return str(error).strip().split('\n')[0] or type(error).__name__
 
 
 def _from_dict(leaves: dict[str, Any], like: TrainState) -> TrainState:

@@ -8,6 +8,8 @@
   CALM_JAX_PROCESS_ID     with host:port; 0, 1, ...
   CALM_JAX_NUM_DEVICES    optional: how many devices all have together
   CALM_JAX_DIRECTORY      optional: a directory that all must share and write
+  CALM_JAX_HEARTBEAT_SECONDS  optional: after so long without a sign of life of
+                          one process, all end (100)
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +31,7 @@ NUM_PROCESSES = 'CALM_JAX_NUM_PROCESSES'
 PROCESS_ID = 'CALM_JAX_PROCESS_ID'
 NUM_DEVICES = 'CALM_JAX_NUM_DEVICES'
 DIRECTORY = 'CALM_JAX_DIRECTORY'
+HEARTBEAT_SECONDS = 'CALM_JAX_HEARTBEAT_SECONDS'
 
 _COMPARED = ('jax', 'jaxlib', 'flax', 'numpy', 'optax', 'orbax-checkpoint')
 _PATIENCE_MS = 120_000
@@ -88,8 +91,15 @@ def _settings(environ: Mapping[str, str]) -> dict[str, Any] | None:
         " process 0, or to 'auto'; or start through launch/run.sh."
       )
     return None
+  heartbeat = environ.get(HEARTBEAT_SECONDS, '100')
+  if not heartbeat.isdigit() or int(heartbeat) < 1:
+    raise ValueError(
+      f'{HEARTBEAT_SECONDS} = {heartbeat!r} is no number of seconds; 100 is'
+      ' usual.'
+    )
+  patience = {'heartbeat_timeout_seconds': int(heartbeat)}
   if coordinator == 'auto':
-    return {}
+    return patience
   host, _, port = coordinator.rpartition(':')
   if not host or not port.isdigit():
     raise ValueError(
@@ -109,6 +119,7 @@ def _settings(environ: Mapping[str, str]) -> dict[str, Any] | None:
     'coordinator_address': coordinator,
     'num_processes': count,
     'process_id': index,
+    **patience,
   }
 
 

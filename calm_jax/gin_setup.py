@@ -27,6 +27,7 @@ from calm_jax import (
   lora,
   optimizers,
   quantization,
+  replicas,
   sampling,
   sandbox,
   sharding,
@@ -38,6 +39,8 @@ from calm_jax.tasks import mixture as mixture_lib
 
 _INCLUDE = re.compile(r"""^include\s+['"](?P<path>[^'"]+)['"]\s*(#.*)?$""")
 _REQUIRED = '%gin.REQUIRED'
+# What is told without a traceback.
+_TOLD = (ValueError, OSError, FloatingPointError, replicas.DivergenceError)
 
 
 def seqio_batches(
@@ -390,7 +393,7 @@ def _run(entry: str, rest: Sequence[str]) -> None:
         if name in inspect.signature(function).parameters
       }
     )
-  except (ValueError, OSError, FloatingPointError) as error:
+  except _TOLD as error:
     if os.environ.get('CALM_JAX_TRACEBACK'):
       raise
     sys.exit(f'error: {error}\n(CALM_JAX_TRACEBACK=1 shows where it arose.)')

@@ -20,6 +20,7 @@ CONFIG_FILE = 'calm_config.json'
 WEIGHTS_FILE = 'composition.safetensors'
 LORA_FILE = 'lora.safetensors'
 CARD_FILE = 'README.md'
+_FINGERPRINT = 'fingerprint'  # in the header of the weights
 _CARD = """\
 ---
 library_name: calm_jax
@@ -221,11 +222,23 @@ def _check_settings(directory: pathlib.Path, begun: Any, wanted: Any) -> None:
 def write_trained(
   directory: pathlib.Path, params: Params, *, name: str = WEIGHTS_FILE
 ) -> None:
-  """Writes Theta_C, or LoRA's updates, and nothing else, as safetensors."""
+  """Writes Theta_C, or LoRA's updates, and nothing else, as safetensors.
+
+  With a fingerprint, so that `read_trained` notices a flipped bit.
+  """
   tensors = {
     name: weights.of_array(leaf) for name, leaf in trees.flatten(params).items()
   }
-  weight_files.write_file(directory / name, tensors)
+  weight_files.write_file(
+    directory / name, tensors, metadata={_FINGERPRINT: _fingerprint(tensors)}
+  )
+
+
+def _fingerprint(
+  tensors: Mapping[str, weight_files.Tensor], what: str = 'what was trained'
+) -> str:
+  """Raises ValueError if there is NaN or infinity in it."""
+  return trees.fingerprint(weight_files.digests(tensors, what=what))
 
 
 def write_card(
@@ -274,5 +287,13 @@ def read_trained(
       ' by the same command, first.'
     )
   tensors = weight_files.open_file(file)
-  weight_files.digests(tensors, what=str(file))  # NaN and infinity are refused
+  found = _fingerprint(tensors, str(file))
+  # Other programs write none.
+  expected = weight_files.read_metadata(file).get(_FINGERPRINT, found)
+  if found != expected:
+    raise ValueError(
+      f'{file} is damaged: its tensors have the fingerprint {found[:16]}...,'
+      f' and {expected[:16]}... was written. Copy it again, or remove it and'
+      ' start the run again, which continues at its last checkpoint.'
+    )
   return trees.unflatten({k: one.read() for k, one in tensors.items()})

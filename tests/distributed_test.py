@@ -36,6 +36,10 @@ def test_a_program_that_is_told_nothing_is_alone():
     ({'COORDINATOR': ':1'}, "':1' is neither"),
     ({'COORDINATOR': 'h:1'}, 'CALM_JAX_NUM_PROCESSES = None must be a number'),
     (
+      {'COORDINATOR': 'auto', 'HEARTBEAT_SECONDS': '0'},
+      "CALM_JAX_HEARTBEAT_SECONDS = '0' is no number",
+    ),
+    (
       {'COORDINATOR': 'h:1', 'NUM_PROCESSES': '2', 'PROCESS_ID': 'x'},
       "CALM_JAX_PROCESS_ID = 'x' must be",
     ),
@@ -60,7 +64,7 @@ def test_what_jax_is_told(monkeypatch):
 
   monkeypatch.setattr(jax.distributed, 'initialize', initialize)
   for environ in (
-    {'CALM_JAX_COORDINATOR': 'auto'},
+    {'CALM_JAX_COORDINATOR': 'auto', 'CALM_JAX_HEARTBEAT_SECONDS': '7'},
     {
       'CALM_JAX_COORDINATOR': '[::1]:80',
       'CALM_JAX_NUM_PROCESSES': '2',
@@ -70,11 +74,12 @@ def test_what_jax_is_told(monkeypatch):
     with pytest.raises(RuntimeError, match='enough'):
       distributed.initialize(environ)
   assert told == [
-    {},
+    {'heartbeat_timeout_seconds': 7},
     {
       'coordinator_address': '[::1]:80',
       'num_processes': 2,
       'process_id': 1,
+      'heartbeat_timeout_seconds': 100,
     },
   ]
 

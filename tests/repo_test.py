@@ -21,10 +21,10 @@ PACKAGE = ROOT / 'calm_jax'
 # A module imports from lower floors; the table below allows the few others.
 FLOORS = (
   'array_types trees',
-  'masks losses chunked_loss embedding_noise sharding distributed quantization'
-  ' vocabularies text.files text.settings text.added_tokens text.ends'
-  ' text.chat_process text.chat_templates text.base text.byte_vocabularies'
-  ' text.sentencepiece_vocabulary'
+  'masks losses chunked_loss embedding_noise sharding distributed replicas'
+  ' quantization vocabularies text.files text.settings text.added_tokens'
+  ' text.ends text.chat_process text.chat_templates text.base'
+  ' text.byte_vocabularies text.sentencepiece_vocabulary'
   ' text.tokenizers_vocabulary alignment',
   'models.layers models.config models.attention models.transformer'
   ' models.encoder models.stacking models.number_embeddings models.pretrained'

@@ -270,7 +270,16 @@ def _remove_others(directory: pathlib.Path, kept: Collection[str]) -> None:
       file.unlink()
 
 
-def write_file(file: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
+def read_metadata(file: pathlib.Path) -> dict[str, str]:
+  """Returns what `write_file` was given for one that `open_file` accepts."""
+  return safetensors.safe_open(file, framework='np').metadata() or {}
+
+
+def write_file(
+  file: pathlib.Path,
+  tensors: Mapping[str, Tensor],
+  metadata: Mapping[str, str] = {},
+) -> None:
   """Writes one safetensors file, holding one tensor at a time.
 
   The library's own writer takes all of them at once.
@@ -279,7 +288,7 @@ def write_file(file: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
   # Wide dtypes first: then every tensor is aligned to its own item size.
   order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
   edges = [0, *itertools.accumulate(tensors[name].nbytes for name in order)]
-  header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
+  header: dict[str, Any] = {'__metadata__': {'format': 'pt', **metadata}}
   for name, start, stop in zip(order, edges[:-1], edges[1:], strict=True):
     header[name] = {
       'dtype': codes[tensors[name].dtype],
