@@ -49,7 +49,12 @@ class Checkpoints:
     Args:
       directory: of this run alone.
       keep: how many of the newest steps stay.
+
+    Raises:
+      ValueError: if it is to keep none.
     """
+    if keep < 1:
+      raise ValueError(f'keep_checkpoints = {keep}: it must be at least 1.')
     # Orbax logs every phase of every save at the level of warnings and info.
     logging.getLogger('absl').setLevel(logging.ERROR)
     self._directory = pathlib.Path(directory).absolute()

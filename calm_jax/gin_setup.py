@@ -1,4 +1,4 @@
-"""The only importer of gin: what gin files may name, and stricter checks.
+"""The only importer of gin, and stricter than it.
 
 gin itself accepts a mistyped macro, a binding that nothing reads, an unfilled
 REQUIRED and a value of the wrong type. `configure` accepts none of them, and
@@ -20,22 +20,7 @@ from absl import app, flags, logging
 import gin
 from gin import config as gin_config
 
-from calm_jax import (
-  connections,
-  distributed,
-  guards,
-  lora,
-  optimizers,
-  quantization,
-  replicas,
-  sampling,
-  sandbox,
-  sharding,
-)
-from calm_jax.models import config as model_config
-from calm_jax.models import layers, number_embeddings, pretrained
-from calm_jax.tasks import code, codexglue, flores, gsm8k
-from calm_jax.tasks import mixture as mixture_lib
+from calm_jax import configurables, distributed, replicas
 
 _INCLUDE = re.compile(r"""^include\s+['"](?P<path>[^'"]+)['"]\s*(#.*)?$""")
 _REQUIRED = '%gin.REQUIRED'
@@ -43,97 +28,9 @@ _REQUIRED = '%gin.REQUIRED'
 _TOLD = (ValueError, OSError, FloatingPointError, replicas.DivergenceError)
 
 
-def seqio_batches(
-  *,
-  mixture_or_task_name: str | mixture_lib.Mixture,
-  task_feature_lengths: Mapping[str, int],
-  split: str = 'train',
-  pack: bool = True,
-  shuffle: bool = True,
-  truncate: Literal['error', 'skip'] = 'error',
-  **run: Any,
-):
-  """See `calm_jax.data.seqio_batches`; imports TensorFlow when called."""
-  from calm_jax import data
-
-  return data.seqio_batches(
-    mixture_or_task_name,
-    task_feature_lengths=task_feature_lengths,
-    split=split,
-    pack=pack,
-    shuffle=shuffle,
-    truncate=truncate,
-    **run,
-  )
-
-
-def task_vocabulary(mixture_or_task_name: str):
-  """See `calm_jax.data.task_vocabulary`; imports TensorFlow when called."""
-  from calm_jax import data
-
-  return data.task_vocabulary(mixture_or_task_name)
-
-
 def register() -> None:
   """Makes known to gin what a gin file may name; more than once is fine."""
-  from calm_jax import (
-    array_batches,
-    convert,
-    evaluate,
-    evaluation,
-    import_t5x,
-    infer,
-    report,
-    sweep,
-    train,
-    train_step,
-  )
-
-  named = {
-    'train': train.train,
-    'evaluate': evaluate.evaluate,
-    'infer': infer.infer,
-    'report': report.report,
-    'sweep': sweep.sweep,
-    'import_t5x': import_t5x.import_t5x,
-    'convert': convert.convert,
-    'seqio_batches': seqio_batches,
-    'npz_batches': array_batches.npz_batches,
-    'task_vocabulary': task_vocabulary,
-    'Evaluator': evaluation.Evaluator,
-    'SeqIOTask': evaluation.SeqIOTask,
-    'DecodingConfig': sampling.DecodingConfig,
-    'ModelSpec': pretrained.ModelSpec,
-    'pretrained_model': pretrained.pretrained_model,
-    'QuantizationConfig': quantization.QuantizationConfig,
-    'NumberEmbeddings': number_embeddings.NumberEmbeddings,
-    'TransformerConfig': model_config.TransformerConfig,
-    'RopeScaling': layers.RopeScaling,
-    'LoraConfig': lora.LoraConfig,
-    'CompositionConfig': connections.CompositionConfig,
-    'Connection': connections.Connection,
-    'LayerMapping.every': connections.LayerMapping.every,
-    'LayerMapping.evenly_spaced': connections.LayerMapping.evenly_spaced,
-    'LayerMapping.early': connections.LayerMapping.early,
-    'LayerMapping.late': connections.LayerMapping.late,
-    'LayerMapping.middle': connections.LayerMapping.middle,
-    'LayerMapping.explicit': connections.LayerMapping.explicit,
-    'OptimizerConfig': optimizers.OptimizerConfig,
-    'StepConfig': train_step.StepConfig,
-    'Guards': guards.Guards,
-    'make_mesh': sharding.make_mesh,
-    'Flores': flores.Flores,
-    'GSM8K': gsm8k.GSM8K,
-    'MGSM': gsm8k.MGSM,
-    'HumanEval': code.HumanEval,
-    'MBPP': code.MBPP,
-    'Sandbox': sandbox.Sandbox,
-    'CodeToText': codexglue.CodeToText,
-    'TextFile': mixture_lib.TextFile,
-    'Part': mixture_lib.Part,
-    'Mixture': mixture_lib.Mixture,
-  }
-  for name, target in named.items():
+  for name, target in configurables.configurables().items():
     module, _, last = name.rpartition('.')
     selector = f'calm_jax.{name}'
     if selector not in gin_config._REGISTRY:
@@ -169,6 +66,7 @@ def configure(
   for binding in bindings:
     _parse(binding, where=f'--gin.{binding.replace(" = ", "=", 1)}')
   used = dict(_reachable(entry))
+  _check_unset(used)
   _check_unused(entry, used)
   _check_values(entry, used)
   gin.finalize()
@@ -236,6 +134,13 @@ def _reachable(entry: str) -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
       for reference in gin_config.iterate_references(section):
         inner = '/'.join(reference.scopes) or scope
         todo.append((inner, reference.configurable.selector))
+
+
+def _check_unset(used: Mapping[tuple[str, str], Any]) -> None:
+  """Raises ValueError if a value is a macro that is not set."""
+  for section in used.values():
+    for value in section.values():
+      _follow_macros(value)
 
 
 def _check_unused(entry: str, used: Mapping[tuple[str, str], Any]) -> None:
@@ -328,9 +233,19 @@ def _fits(value: Any, expected: Any) -> bool:
   if origin is tuple:
     return isinstance(value, tuple | list)
   if origin is not None and inspect.isclass(origin):
-    return isinstance(value, origin)
+    return isinstance(value, origin) and _parts_fit(value, arguments)
   if inspect.isclass(expected) and not getattr(expected, '_is_protocol', False):
     return isinstance(value, expected)
+  return True
+
+
+def _parts_fit(value: Any, arguments: Sequence[Any]) -> bool:
+  """Whether what a mapping or a sequence holds fits its annotation."""
+  if isinstance(value, Mapping) and len(arguments) == 2:
+    keys, values = arguments
+    return all(_fits(k, keys) and _fits(v, values) for k, v in value.items())
+  if isinstance(value, Sequence) and len(arguments) == 1:
+    return all(_fits(one, arguments[0]) for one in value)
   return True
 
 

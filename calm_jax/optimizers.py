@@ -42,6 +42,14 @@ class OptimizerConfig:
     known = ('adamw', 'adafactor', 'muon')
     if self.name not in known:
       raise ValueError(f'The optimizer {self.name!r} is not one of {known}.')
+    for name, value in vars(self).items():
+      if isinstance(value, int | float) and value < 0:
+        raise ValueError(f'OptimizerConfig.{name} = {value}: it is negative.')
+    for name in ('b1', 'b2', 'final_fraction'):
+      if getattr(self, name) > 1:
+        raise ValueError(
+          f'OptimizerConfig.{name} = {getattr(self, name)}: it is above 1.'
+        )
 
   def schedule(
     self, train_steps: int, peak: float | None = None

@@ -41,8 +41,7 @@ def check(
   mesh: Mesh,
 ) -> None:
   """Raises ValueError for settings that cannot work together."""
-  if train_steps < 1:
-    raise ValueError(f'TRAIN_STEPS = {train_steps}: it must be at least 1.')
+  check_counts(TRAIN_STEPS=train_steps, BATCH_SIZE=batch_size)
   if step_config.loss_chunk is not None and trainable == 'anchor':
     raise ValueError(
       f'StepConfig.loss_chunk = {step_config.loss_chunk} needs a frozen head,'
@@ -55,6 +54,13 @@ def check(
       ' microbatches. Choose a multiple.'
     )
   sharding.check_batch_size(batch_size // microbatches, mesh)
+
+
+def check_counts(**counts: int) -> None:
+  """Raises ValueError unless each is at least 1."""
+  for name, count in counts.items():
+    if count < 1:
+      raise ValueError(f'{name} = {count}: it must be at least 1.')
 
 
 def describe(

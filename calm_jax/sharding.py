@@ -56,6 +56,11 @@ def make_mesh(
     ValueError: if the sizes do not multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else list(devices)
+  if fsdp < 1 or tensor < 1 or (data < 1 and data != -1):
+    raise ValueError(
+      f'A mesh of data={data} x fsdp={fsdp} x tensor={tensor}: each must be at'
+      ' least 1, or data=-1 for the rest.'
+    )
   if data == -1:
     data = max(1, len(devices) // (fsdp * tensor))
   if data * fsdp * tensor != len(devices):

@@ -108,6 +108,7 @@ def train(
   )
   mesh = make_mesh()
   stages.check(train_steps, batch_size, step_config, trainable, mesh)
+  stages.check_counts(log_every=log_every, checkpoint_every=checkpoint_every)
   evaluator.check()
   specs = {'anchor': anchor, **kept}
   shapes, places = stages.describe(model, specs, mesh, trainable)

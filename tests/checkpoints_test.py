@@ -136,6 +136,12 @@ def test_only_the_newest_steps_are_kept(tmp_path):
   saved.close()
 
 
+def test_one_step_is_the_least_to_keep(tmp_path):
+  with pytest.raises(ValueError, match='keep_checkpoints = 0: .* at least 1'):
+    checkpoints.Checkpoints(tmp_path / 'new', keep=0)
+  assert not (tmp_path / 'new').exists()
+
+
 # --- Damage ------------------------------------------------------------------
 
 
