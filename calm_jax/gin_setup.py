@@ -12,8 +12,6 @@ import os
 import pathlib
 import re
 import sys
-import types
-import typing
 from typing import Any, Literal
 
 from absl import app, flags, logging
@@ -21,6 +19,7 @@ import gin
 from gin import config as gin_config
 
 from calm_jax import (
+  batches,
   connections,
   distributed,
   guards,
@@ -30,6 +29,7 @@ from calm_jax import (
   sampling,
   sandbox,
   sharding,
+  value_types,
 )
 from calm_jax.models import config as model_config
 from calm_jax.models import layers, number_embeddings, pretrained
@@ -38,6 +38,10 @@ from calm_jax.tasks import mixture as mixture_lib
 
 _INCLUDE = re.compile(r"""^include\s+['"](?P<path>[^'"]+)['"]\s*(#.*)?$""")
 _REQUIRED = '%gin.REQUIRED'
+# An entry function that reads what another one would be called with, and the
+# macros that it can do without: it writes nothing, and reads no data.
+_READS = {'plan': 'train'}
+_NOT_READ = {'plan': ('MODEL_DIR', 'MIXTURE_OR_TASK_NAME')}
 
 
 def seqio_batches(
@@ -48,9 +52,15 @@ def seqio_batches(
   pack: bool = True,
   shuffle: bool = True,
   truncate: Literal['error', 'skip'] = 'error',
+  shapes_only: bool = False,
   **run: Any,
 ):
-  """See `calm_jax.data.seqio_batches`; imports TensorFlow when called."""
+  """See `calm_jax.data.seqio_batches`; imports TensorFlow when called.
+
+  With `shapes_only` it reads no data, and returns one batch of padding.
+  """
+  if shapes_only:
+    return batches.blank(task_feature_lengths, **run)
   from calm_jax import data
 
   return data.seqio_batches(
@@ -80,6 +90,7 @@ def register() -> None:
     evaluation,
     import_t5x,
     infer,
+    plan,
     report,
     sweep,
     train,
@@ -94,6 +105,7 @@ def register() -> None:
     'sweep': sweep.sweep,
     'import_t5x': import_t5x.import_t5x,
     'convert': convert.convert,
+    'plan': plan.plan,
     'seqio_batches': seqio_batches,
     'npz_batches': array_batches.npz_batches,
     'task_vocabulary': task_vocabulary,
@@ -149,8 +161,8 @@ def configure(
   """Parses gin files and returns the configured entry function.
 
   Args:
-    entry: 'train', 'evaluate', 'infer', 'report', 'sweep', 'convert' or
-      'import_t5x'.
+    entry: 'train', 'evaluate', 'infer', 'report', 'sweep', 'convert', 'plan'
+      or 'import_t5x'.
     gin_files: paths, sought as given, in `search_paths`, then in the package.
     bindings: 'NAME = value' statements, applied last.
     search_paths: folders.
@@ -163,6 +175,10 @@ def configure(
   register()
   for file in gin_files:
     _parse_file(find_gin_file(file, search_paths), search_paths)
+  for macro in _NOT_READ.get(entry, ()):
+    section = gin_config._CONFIG.get((macro, 'gin.macro'), {})
+    if repr(section.get('value')) == _REQUIRED:
+      _parse(f"{macro} = 'not read by {entry}'", where=entry)
   for binding in bindings:
     _parse(binding, where=f'--gin.{binding.replace(" = ", "=", 1)}')
   used = dict(_reachable(entry))
@@ -217,7 +233,7 @@ def _parse(text: str, *, where: str) -> None:
 
 def _reachable(entry: str) -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
   """Yields the (scope, selector) sections that a call of `entry` reads."""
-  todo = [('', gin_config._REGISTRY.get_match(entry).selector)]
+  todo = [('', _selector(name)) for name in _called(entry)]
   seen = set()
   while todo:
     scope, selector = todo.pop()
@@ -233,6 +249,14 @@ def _reachable(entry: str) -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
       for reference in gin_config.iterate_references(section):
         inner = '/'.join(reference.scopes) or scope
         todo.append((inner, reference.configurable.selector))
+
+
+def _called(entry: str) -> list[str]:
+  return [entry, _READS[entry]] if entry in _READS else [entry]
+
+
+def _selector(name: str) -> str:
+  return gin_config._REGISTRY.get_match(name).selector
 
 
 def _check_unused(entry: str, used: Mapping[tuple[str, str], Any]) -> None:
@@ -270,22 +294,18 @@ def _check_values(entry: str, used: Mapping[tuple[str, str], Any]) -> None:
           f"{shown} is required and not set. Give it: --gin.{shown}='...'."
         )
       value = _follow_macros(value)
-      if selector != 'gin.macro':
-        expected = _type_hints(target).get(name, Any)
-        if not _fits(value, expected):
-          raise ValueError(
-            f'{shown} = {value!r} has the wrong type: expected'
-            f' {_type_name(expected)}.'
-          )
-  selector = gin_config._REGISTRY.get_match(entry).selector
-  given = used.get(('', selector), {})
-  parameters = inspect.signature(gin_config._REGISTRY[selector].wrapped)
-  for name, parameter in parameters.parameters.items():
-    if parameter.default is parameter.empty and name not in given:
-      raise ValueError(
-        f'{entry}.{name} is not set. Set it in a gin file, or use one of the'
-        ' files under runs/ that do.'
-      )
+      is_reference = isinstance(value, gin_config.ConfigurableReference)
+      if selector != 'gin.macro' and not is_reference:
+        value_types.check(value, target, name, shown=shown)
+  for called in _called(entry):
+    given = used.get(('', _selector(called)), {})
+    target = gin_config._REGISTRY[_selector(called)].wrapped
+    for name, parameter in inspect.signature(target).parameters.items():
+      if parameter.default is parameter.empty and name not in given:
+        raise ValueError(
+          f'{called}.{name} is not set. Set it in a gin file, or use one of the'
+          ' files under runs/ that do.'
+        )
 
 
 def _follow_macros(value: Any) -> Any:
@@ -304,37 +324,6 @@ def _follow_macros(value: Any) -> Any:
   return value
 
 
-def _type_hints(target: Callable[..., Any]) -> dict[str, Any]:
-  function = target.__init__ if inspect.isclass(target) else target
-  return typing.get_type_hints(function)
-
-
-def _fits(value: Any, expected: Any) -> bool:
-  """Whether a plain value fits an annotation; what we cannot judge, fits."""
-  if isinstance(value, gin_config.ConfigurableReference) or expected is Any:
-    return True
-  origin, arguments = typing.get_origin(expected), typing.get_args(expected)
-  if origin in (typing.Union, types.UnionType):
-    return any(_fits(value, one) for one in arguments)
-  if origin is Literal:
-    return value in arguments
-  if expected is float:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-  if expected is int:
-    return isinstance(value, int) and not isinstance(value, bool)
-  if origin is tuple:
-    return isinstance(value, tuple | list)
-  if origin is not None and inspect.isclass(origin):
-    return isinstance(value, origin)
-  if inspect.isclass(expected) and not getattr(expected, '_is_protocol', False):
-    return isinstance(value, expected)
-  return True
-
-
-def _type_name(expected: Any) -> str:
-  return expected.__name__ if inspect.isclass(expected) else str(expected)
-
-
 # --- Command line ------------------------------------------------------------
 
 
@@ -342,6 +331,11 @@ def write_operative_config(directory: pathlib.Path) -> None:
   """Writes what was read of the configuration to `config.gin`."""
   directory.mkdir(parents=True, exist_ok=True)
   (directory / 'config.gin').write_text(gin.operative_config_str())
+
+
+def settings_of(name: str) -> dict[str, Any]:
+  """Returns what gin would call a function with, references resolved."""
+  return gin.get_bindings(name)
 
 
 def config_of(
@@ -382,6 +376,8 @@ def _run(entry: str, rest: Sequence[str]) -> None:
     offered = {
       'summarize_config': write_operative_config,
       'configure': config_of,
+      'settings_of': settings_of,
+      'config_text': gin.config_str,
     }
     function(
       **{
