@@ -74,6 +74,7 @@ setuptools.setup(
     'hub': ['huggingface_hub'],  # load_pretrained('owner/name')
     'lm_eval': ['lm_eval'],  # calm_jax.contrib.lm_eval
     'quantized': ['qwix'],  # QuantizationConfig
+    'plan': ['libtpu'],  # calm_jax.plan compiles for TPUs; no TPU is needed
     # T5X, airio and jestimator are not on PyPI; these are what they need.
     't5x': [
       'cached_property',

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm_jax import flops, optimizers, train_state, train_step, trees
+from calm_jax import flops, hlo, optimizers, train_state, train_step, trees
 from calm_jax.composition import ComposedLM
 from calm_jax.connections import CompositionConfig, LayerMapping
 from calm_jax.models.config import TransformerConfig
@@ -101,7 +101,7 @@ class Run:
     self.step = step.lower(self.state, self.frozen, self.batch).compile()
     self.compile_seconds = time.perf_counter() - started
     self.tokens = batch['decoder_input_tokens'].size
-    self.flops = flops.compiled(self.step.as_text())
+    self.flops = hlo.flops(self.step.as_text())
     self.least = flops.least(
       model,
       {**self.frozen, **trained},

@@ -16,7 +16,7 @@ augmenting model called x that has a vocabulary of its own adds [B, S] arrays:
   x_visible_from  int32    the first slot of the anchor's row that reads it
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import itertools
 from typing import Any, Protocol
 
@@ -255,6 +255,44 @@ def empty_batch(
     for field in ('input_tokens', 'positions', 'segment_ids', 'visible_from'):
       batch[f'{name}_{field}'] = np.zeros((shape[0], length), np.int32)
   return batch
+
+
+def row_lengths(
+  task_feature_lengths: Mapping[str, int], readers: Iterable[str]
+) -> tuple[int, dict[str, int]]:
+  """Returns T, the slots of a row, and S by name of `readers`.
+
+  Args:
+    task_feature_lengths: of 'inputs' and 'targets', whose sum T is; and of
+      those models with tokens of their own for which S is not T.
+    readers: names of the models with tokens of their own.
+  """
+  length = sum(task_feature_lengths.get(f, 0) for f in ('inputs', 'targets'))
+  return length, {
+    name: task_feature_lengths.get(name, length) for name in readers
+  }
+
+
+def blank(
+  task_feature_lengths: Mapping[str, int],
+  *,
+  batch_size: int,
+  readers: Iterable[str] = (),
+  **run: Any,
+) -> Batch:
+  """Returns a batch of padding, shaped as those of a run.
+
+  Args:
+    task_feature_lengths: as in `row_lengths`.
+    batch_size: B.
+    readers: as in `row_lengths`.
+    **run: what else iterators are given, which shapes do not depend on.
+  """
+  del run
+  length, augmenting = row_lengths(task_feature_lengths, readers)
+  return empty_batch(
+    (batch_size, length), pad_id=0, augmenting_lengths=augmenting
+  )
 
 
 def augmenting_arrays(name: str, readings: Sequence[Reading]) -> Batch:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from calm_jax import (
+  batches,
   connections,
   guards,
   lora,
@@ -30,9 +31,15 @@ def seqio_batches(
   pack: bool = True,
   shuffle: bool = True,
   truncate: Literal['error', 'skip'] = 'error',
+  shapes_only: bool = False,
   **run: Any,
 ):
-  """See `calm_jax.data.seqio_batches`; imports TensorFlow when called."""
+  """See `calm_jax.data.seqio_batches`; imports TensorFlow when called.
+
+  With `shapes_only` it reads no data, and returns one batch of padding.
+  """
+  if shapes_only:
+    return batches.blank(task_feature_lengths, **run)
   from calm_jax import data
 
   return data.seqio_batches(
@@ -62,6 +69,7 @@ def configurables() -> dict[str, Callable[..., Any]]:
     evaluation,
     import_t5x,
     infer,
+    plan,
     report,
     sweep,
     train,
@@ -76,6 +84,7 @@ def configurables() -> dict[str, Callable[..., Any]]:
     'sweep': sweep.sweep,
     'import_t5x': import_t5x.import_t5x,
     'convert': convert.convert,
+    'plan': plan.plan,
     'seqio_batches': seqio_batches,
     'npz_batches': array_batches.npz_batches,
     'task_vocabulary': task_vocabulary,

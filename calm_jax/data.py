@@ -313,8 +313,7 @@ def _split_lengths(
       f'task_feature_lengths names {sorted(lengths)}; give a length for each '
       'feature, and none for what is neither.'
     )
-  length = sum(lengths[name] for name in features)
-  return length, {name: lengths.get(name, length) for name in readers}
+  return batches.row_lengths(lengths, readers)
 
 
 def _check_vocabulary(

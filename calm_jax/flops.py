@@ -1,6 +1,5 @@
-"""FLOPs of a training step: the least possible, and those of a compiled one."""
+"""FLOPs of a training step: the least possible, and what `remat` adds."""
 
-import re
 from typing import Any
 
 import numpy as np
@@ -121,81 +120,3 @@ def _matrices(params: Params, *, stacked: bool = False) -> int:
     for x in trees.leaves(params)
     if len(x.shape) == 2 + stacked
   )
-
-
-# --- Compiled programs -------------------------------------------------------
-
-_COMPUTATION = re.compile(r'^(?:ENTRY )?%?(?P<name>[\w.\-]+) .*\{$')
-_INSTRUCTION = re.compile(
-  r'^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = '
-  r'(?P<type>\(.*?\)|\S+) (?P<op>[\w\-]+)\((?P<rest>.*)$'
-)
-_SHAPE = re.compile(r'^\w+\[([\d,]*)\]')
-_CALLED = re.compile(r'(?:calls|to_apply|body)=%?([\w.\-]+)')
-_BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-
-
-def compiled(hlo_text: str) -> float:
-  """Adds up the dot FLOPs of a compiled program, times loop trip counts.
-
-  XLA's own cost analysis counts the body of a loop once.
-
-  Args:
-    hlo_text: `jax.jit(f).lower(...).compile().as_text()`.
-
-  Returns:
-    2 x output elements x contracted elements of every dot.
-
-  Raises:
-    ValueError: for a loop whose trip count is not known, if it holds a dot, or
-      a matrix product hidden in a library call.
-  """
-  computations: dict[str, list[re.Match]] = {}
-  entry, current = None, None
-  for line in hlo_text.splitlines():
-    header = _COMPUTATION.match(line)
-    if header:
-      current = header['name']
-      computations[current] = []
-      if line.startswith('ENTRY'):
-        entry = current
-    elif current is not None and (found := _INSTRUCTION.match(line)):
-      computations[current].append(found)
-  known: dict[str, float] = {}
-
-  def total(name: str) -> float:
-    if name not in known:
-      shapes = {i['name']: _dims(i['type']) for i in computations[name]}
-      known[name] = sum(_flops(i, shapes, total) for i in computations[name])
-    return known[name]
-
-  if entry is None:
-    raise ValueError('The text is not a compiled HLO module: it has no ENTRY.')
-  return total(entry)
-
-
-def _flops(instruction: re.Match, shapes: dict[str, list[int]], total) -> float:
-  rest = instruction['rest']
-  if instruction['op'] == 'dot':
-    left = re.split(r'[,)]', rest)[0].split('%')[-1].strip()
-    axes = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', rest)[1]
-    contracted = [shapes[left][int(a)] for a in axes.split(',') if a]
-    return 2.0 * np.prod(_dims(instruction['type'])) * np.prod(contracted)
-  if instruction['op'] == 'custom-call' and re.search('gemm|matmul', rest):
-    raise ValueError(f'A product hidden in a library call: {rest[:120]}')
-  called = _CALLED.findall(rest)
-  for branches in _BRANCHES.findall(rest):
-    called += [name.strip().lstrip('%') for name in branches.split(',')]
-  inner = sum(total(name) for name in called)
-  if instruction['op'] == 'while' and inner:
-    trips = _TRIPS.search(rest)
-    if trips is None:
-      raise ValueError(f'A loop without a known trip count: {rest[:120]}')
-    return inner * int(trips[1])
-  return inner
-
-
-def _dims(type_text: str) -> list[int]:
-  shape = _SHAPE.match(type_text)
-  return [int(n) for n in shape[1].split(',') if n] if shape else []

@@ -12,18 +12,20 @@ import os
 import pathlib
 import re
 import sys
-import types
-import typing
-from typing import Any, Literal
+from typing import Any
 
 from absl import app, flags, logging
 import gin
 from gin import config as gin_config
 
-from calm_jax import configurables, distributed, replicas
+from calm_jax import configurables, distributed, replicas, value_types
 
 _INCLUDE = re.compile(r"""^include\s+['"](?P<path>[^'"]+)['"]\s*(#.*)?$""")
 _REQUIRED = '%gin.REQUIRED'
+# An entry function that reads what another one would be called with, and the
+# macros that it can do without: it writes nothing, and reads no data.
+_READS = {'plan': 'train'}
+_NOT_READ = {'plan': ('MODEL_DIR', 'MIXTURE_OR_TASK_NAME')}
 # What is told without a traceback.
 _TOLD = (ValueError, OSError, FloatingPointError, replicas.DivergenceError)
 
@@ -49,8 +51,8 @@ def configure(
   """Parses gin files and returns the configured entry function.
 
   Args:
-    entry: 'train', 'evaluate', 'infer', 'report', 'sweep', 'convert' or
-      'import_t5x'.
+    entry: 'train', 'evaluate', 'infer', 'report', 'sweep', 'convert', 'plan'
+      or 'import_t5x'.
     gin_files: paths, sought as given, in `search_paths`, then in the package.
     bindings: 'NAME = value' statements, applied last.
     search_paths: folders.
@@ -63,6 +65,10 @@ def configure(
   register()
   for file in gin_files:
     _parse_file(find_gin_file(file, search_paths), search_paths)
+  for macro in _NOT_READ.get(entry, ()):
+    section = gin_config._CONFIG.get((macro, 'gin.macro'), {})
+    if repr(section.get('value')) == _REQUIRED:
+      _parse(f"{macro} = 'not read by {entry}'", where=entry)
   for binding in bindings:
     _parse(binding, where=f'--gin.{binding.replace(" = ", "=", 1)}')
   used = dict(_reachable(entry))
@@ -118,7 +124,7 @@ def _parse(text: str, *, where: str) -> None:
 
 def _reachable(entry: str) -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
   """Yields the (scope, selector) sections that a call of `entry` reads."""
-  todo = [('', gin_config._REGISTRY.get_match(entry).selector)]
+  todo = [('', _selector(name)) for name in _called(entry)]
   seen = set()
   while todo:
     scope, selector = todo.pop()
@@ -141,6 +147,14 @@ def _check_unset(used: Mapping[tuple[str, str], Any]) -> None:
   for section in used.values():
     for value in section.values():
       _follow_macros(value)
+
+
+def _called(entry: str) -> list[str]:
+  return [entry, _READS[entry]] if entry in _READS else [entry]
+
+
+def _selector(name: str) -> str:
+  return gin_config._REGISTRY.get_match(name).selector
 
 
 def _check_unused(entry: str, used: Mapping[tuple[str, str], Any]) -> None:
@@ -178,22 +192,18 @@ def _check_values(entry: str, used: Mapping[tuple[str, str], Any]) -> None:
           f"{shown} is required and not set. Give it: --gin.{shown}='...'."
         )
       value = _follow_macros(value)
-      if selector != 'gin.macro':
-        expected = _type_hints(target).get(name, Any)
-        if not _fits(value, expected):
-          raise ValueError(
-            f'{shown} = {value!r} has the wrong type: expected'
-            f' {_type_name(expected)}.'
-          )
-  selector = gin_config._REGISTRY.get_match(entry).selector
-  given = used.get(('', selector), {})
-  parameters = inspect.signature(gin_config._REGISTRY[selector].wrapped)
-  for name, parameter in parameters.parameters.items():
-    if parameter.default is parameter.empty and name not in given:
-      raise ValueError(
-        f'{entry}.{name} is not set. Set it in a gin file, or use one of the'
-        ' files under runs/ that do.'
-      )
+      is_reference = isinstance(value, gin_config.ConfigurableReference)
+      if selector != 'gin.macro' and not is_reference:
+        value_types.check(value, target, name, shown=shown)
+  for called in _called(entry):
+    given = used.get(('', _selector(called)), {})
+    target = gin_config._REGISTRY[_selector(called)].wrapped
+    for name, parameter in inspect.signature(target).parameters.items():
+      if parameter.default is parameter.empty and name not in given:
+        raise ValueError(
+          f'{called}.{name} is not set. Set it in a gin file, or use one of the'
+          ' files under runs/ that do.'
+        )
 
 
 def _follow_macros(value: Any) -> Any:
@@ -212,47 +222,6 @@ def _follow_macros(value: Any) -> Any:
   return value
 
 
-def _type_hints(target: Callable[..., Any]) -> dict[str, Any]:
-  function = target.__init__ if inspect.isclass(target) else target
-  return typing.get_type_hints(function)
-
-
-def _fits(value: Any, expected: Any) -> bool:
-  """Whether a plain value fits an annotation; what we cannot judge, fits."""
-  if isinstance(value, gin_config.ConfigurableReference) or expected is Any:
-    return True
-  origin, arguments = typing.get_origin(expected), typing.get_args(expected)
-  if origin in (typing.Union, types.UnionType):
-    return any(_fits(value, one) for one in arguments)
-  if origin is Literal:
-    return value in arguments
-  if expected is float:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-  if expected is int:
-    return isinstance(value, int) and not isinstance(value, bool)
-  if origin is tuple:
-    return isinstance(value, tuple | list)
-  if origin is not None and inspect.isclass(origin):
-    return isinstance(value, origin) and _parts_fit(value, arguments)
-  if inspect.isclass(expected) and not getattr(expected, '_is_protocol', False):
-    return isinstance(value, expected)
-  return True
-
-
-def _parts_fit(value: Any, arguments: Sequence[Any]) -> bool:
-  """Whether what a mapping or a sequence holds fits its annotation."""
-  if isinstance(value, Mapping) and len(arguments) == 2:
-    keys, values = arguments
-    return all(_fits(k, keys) and _fits(v, values) for k, v in value.items())
-  if isinstance(value, Sequence) and len(arguments) == 1:
-    return all(_fits(one, arguments[0]) for one in value)
-  return True
-
-
-def _type_name(expected: Any) -> str:
-  return expected.__name__ if inspect.isclass(expected) else str(expected)
-
-
 # --- Command line ------------------------------------------------------------
 
 
@@ -260,6 +229,11 @@ def write_operative_config(directory: pathlib.Path) -> None:
   """Writes what was read of the configuration to `config.gin`."""
   directory.mkdir(parents=True, exist_ok=True)
   (directory / 'config.gin').write_text(gin.operative_config_str())
+
+
+def settings_of(name: str) -> dict[str, Any]:
+  """Returns what gin would call a function with, references resolved."""
+  return gin.get_bindings(name)
 
 
 def config_of(
@@ -300,6 +274,8 @@ def _run(entry: str, rest: Sequence[str]) -> None:
     offered = {
       'summarize_config': write_operative_config,
       'configure': config_of,
+      'settings_of': settings_of,
+      'config_text': gin.config_str,
     }
     function(
       **{

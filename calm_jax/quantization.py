@@ -133,6 +133,38 @@ def check_places(
       ) from error
 
 
+def describe_tree(
+  config: QuantizationConfig | None, shapes: Any, places: Any
+) -> Any:
+  """Returns one model's parameters as they are kept; allocates nothing.
+
+  Args:
+    config: of the model; None keeps floats.
+    shapes: shapes of its parameters.
+    places: their shardings.
+
+  Returns:
+    Shape structs with shardings.
+  """
+
+  def one(path, leaf, place):
+    axis = _input_axis(trees.path_name(path), config)
+    if axis is None:
+      return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+    quantize = functools.partial(_quantize, config=config, axis=axis)
+    parts, tree = jax.tree.flatten(jax.eval_shape(quantize, leaf))
+    kept = [place, _scale_place(place, config, axis, leaf.ndim)]
+    return jax.tree.unflatten(
+      tree,
+      [
+        jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=where)
+        for part, where in zip(parts, kept, strict=True)
+      ],
+    )
+
+  return jax.tree_util.tree_map_with_path(one, shapes, places)
+
+
 def dequantize(
   leaf: Any,
   dtype: DType,

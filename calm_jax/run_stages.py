@@ -74,6 +74,22 @@ def describe(
   Returns:
     The shapes of all parameters, and the shardings of those that are trained.
   """
+  shapes, places = arrange(model, specs, mesh, trainable)
+  say(metrics.describe(model, shapes, trainable=trainable))
+  return shapes, {trainable: places[trainable]}
+
+
+def arrange(
+  model: ComposedLM,
+  specs: Mapping[str, ModelSpec],
+  mesh: Mesh,
+  trainable: str,
+) -> tuple[Params, Params]:
+  """Returns the shapes of all parameters, and their shardings by model.
+
+  The second has the models of `specs`, 'anchor' and augmenting ones by name,
+  and the trained subtree.
+  """
   boxed = jax.eval_shape(model.init_params, jax.random.key(0))
   shapes = nn.unbox(boxed)
   places = {
@@ -82,8 +98,6 @@ def describe(
   }
   if trainable != 'anchor':
     places[trainable] = sharding.param_shardings(boxed[trainable], mesh)
-  places = {trainable: places[trainable]}
-  say(metrics.describe(model, shapes, trainable=trainable))
   return shapes, places
 
 

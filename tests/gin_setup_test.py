@@ -222,6 +222,7 @@ PAIRS = {  # connections and trained parameters: those of the files' headers
   'llama3_8b_llama3.2_1b': (4, 302_022_656),
   'llama3_70b_llama3_8b': (8, 2_416_050_176),
   'qwen3_8b_qwen3_0.6b': (7, 499_179_520),
+  'llama2_7b_tinyllama_1.1b': (5, 377_528_320),
 }
 
 

@@ -20,7 +20,7 @@ PACKAGE = ROOT / 'calm_jax'
 
 # A module imports from lower floors; the table below allows the few others.
 FLOORS = (
-  'array_types trees',
+  'array_types trees hlo value_types',
   'masks losses chunked_loss embedding_noise sharding distributed replicas'
   ' quantization vocabularies text.files text.settings text.added_tokens'
   ' text.ends text.chat_process text.chat_templates text.base'
@@ -38,7 +38,9 @@ FLOORS = (
   'train_step sampling decoding beam_search generation scoring evaluation',
   'model run_stages api attention_maps evaluate infer train convert import_t5x'
   ' reporting.runs reporting.scores reporting.pictures reporting.page'
-  ' reporting.sections report jobs sweep configurables gin_setup',
+  ' reporting.sections report jobs sweep planning.chips planning.traffic'
+  ' planning.traced planning.layout planning.figures planning.moves plan'
+  ' configurables gin_setup',
   'contrib.t5x contrib.lm_eval',
 )
 # What a module may import of its own floor.
@@ -103,14 +105,20 @@ WITHIN_A_FLOOR = {
   'report': 'attention_maps evaluate reporting.page reporting.pictures'
   ' reporting.runs reporting.scores reporting.sections',
   'sweep': 'jobs report reporting.runs reporting.scores',
-  'configurables': 'convert evaluate import_t5x infer report sweep train',
+  'configurables': 'convert evaluate import_t5x infer plan report sweep train',
   'gin_setup': 'configurables',
+  'planning.layout': 'run_stages train',
+  'planning.figures': 'planning.chips planning.layout planning.traced'
+  ' planning.traffic',
+  'planning.moves': 'planning.chips planning.figures planning.layout',
+  'plan': 'planning.chips planning.figures planning.layout planning.moves',
 }
 # These import nothing of ours.
 NO_FLOOR = {
   '__init__',
   'contrib.__init__',
   'models.__init__',
+  'planning.__init__',
   'reporting.__init__',
   'text.__init__',
 }

@@ -22,6 +22,7 @@ from calm_jax.models.config import TransformerConfig
 from calm_jax.models.layers import RopeScaling
 from calm_jax.models.number_embeddings import NumberEmbeddings
 from calm_jax.quantization import QuantizationConfig
+from calm_jax.text import byte_vocabularies
 
 MODEL_TYPE = 'calm_jax'
 
@@ -79,7 +80,7 @@ class ModelSpec:
 
 
 def pretrained_model(
-  path: str | pathlib.Path,
+  path: str | pathlib.Path | None,
   *,
   dtype: str | None = None,
   param_dtype: str | None = None,
@@ -97,7 +98,9 @@ def pretrained_model(
 
   Args:
     path: a directory as described above, a folder among our own files
-      (`calm_jax://tasks/donors/...`), or a hub id like 'google/gemma-2b'.
+      (`calm_jax://tasks/donors/...`), or a hub id like 'google/gemma-2b'. None
+      is the published model `size` without files, to plan with: the bytes of
+      text stand in for its vocabulary.
     dtype: dtype of the computation, instead of the directory's.
     param_dtype: dtype the weights are kept in once loaded.
     weights: 'random' takes everything but the weights, as a control.
@@ -109,6 +112,22 @@ def pretrained_model(
   Raises:
     ValueError: if a file is missing, or holds what we do not know.
   """
+  changes = {'dtype': dtype, 'param_dtype': param_dtype}
+  changes = {name: value for name, value in changes.items() if value}
+  kept = {'quantization': quantization, 'axis_rules': axis_rules}
+  if path is None:
+    if size is None:
+      raise ValueError(
+        'pretrained_model has path = None and no size. Give a directory, or to'
+        f' plan without one a size: {sizes.NAMES}.'
+      )
+    return ModelSpec(
+      config=dataclasses.replace(sizes.config(size), **changes),
+      vocabulary=byte_vocabularies.ByteVocabulary(),
+      weights=weights,
+      model_type=sizes.model_type(size),
+      **kept,
+    )
   path = directories.resolve(path, revision=revision)
   if not (path / directories.CONFIG_FILE).is_file():
     raise ValueError(
@@ -123,16 +142,13 @@ def pretrained_model(
       config = _as_stored(config, stored)
   if size is not None:
     sizes.check(config, name=size, where=str(path))
-  changes = {'dtype': dtype, 'param_dtype': param_dtype}
-  changes = {name: value for name, value in changes.items() if value}
   return ModelSpec(
     config=dataclasses.replace(config, **changes),
     vocabulary=vocabularies.load_vocabulary(path),
     weights=weights,
     path=path,
     model_type=model_type,
-    quantization=quantization,
-    axis_rules=axis_rules,
+    **kept,
   )
 
 
@@ -217,6 +233,11 @@ def open_weights(spec: ModelSpec, wanted: Mapping[str, Any]) -> Source:
     ValueError: if a tensor is missing, unused, of a wrong shape or not of
       floating point; it shows all of them.
   """
+  if spec.path is None:
+    raise ValueError(
+      "weights = 'pretrained', and there is no path to read them from. Give the"
+      ' directory of the model; without one it can be planned, not loaded.'
+    )
   stored = weight_files.open_directory(spec.path)
   native = spec.model_type == MODEL_TYPE
   if native:

@@ -48,6 +48,7 @@ _GEMMA3 = {
   'sliding_window': 1024,
   'rope_scaling': {'rope_type': 'linear', 'factor': 8.0},
 }
+_LLAMA2 = {'vocab_size': 32000, 'rms_norm_eps': 1e-5}
 _LLAMA3 = {'vocab_size': 128256, 'rope_theta': 500_000.0, 'rms_norm_eps': 1e-5}
 _LLAMA32_ROPE = {
   'rope_type': 'llama3',
@@ -105,6 +106,13 @@ _SIZES = {
     head_dim=128,
     query_pre_attn_scalar=168,
     **_GEMMA3,
+  ),
+  # meta-llama/Llama-2-7b-hf, and TinyLlama/TinyLlama_v1.1 with its tokenizer
+  'llama2_7b': _size(
+    'llama', 6_738_415_616, (4096, 11008, 32, 32, 32), **_LLAMA2
+  ),
+  'tinyllama_1.1b': _size(
+    'llama', 1_100_048_384, (2048, 5632, 22, 32, 4), **_LLAMA2
   ),
   # meta-llama/Meta-Llama-3-8B, Meta-Llama-3-70B, Llama-3.2-1B
   'llama3_8b': _size(
