@@ -1,8 +1,10 @@
 """The stages of a training run around the training: check, load, export."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import pathlib
 import time
+from typing import Any
 
 from flax import linen as nn
 import jax
@@ -31,6 +33,15 @@ def say(text: str) -> None:
   """Prints a line, on process 0 only."""
   if jax.process_index() == 0:
     print(text, flush=True)
+
+
+@contextlib.contextmanager
+def closing(*resources: Any) -> Iterator[None]:
+  """Closes all of them in the end, the last one first."""
+  with contextlib.ExitStack() as stack:
+    for one in resources:
+      stack.callback(one.close)
+    yield
 
 
 def check(
