@@ -50,7 +50,7 @@ def composed(kernel: str, layers: int) -> ComposedLM:
   return ComposedLM(
     towers[0],
     augmenting={'augmenting': towers[1]},
-    composition=CompositionConfig(mapping=LayerMapping.every(2)),
+    composition=CompositionConfig(mapping=LayerMapping.early(1)),
     remat=True,
   )
 

@@ -45,7 +45,8 @@ class Profiler:
       jax.block_until_ready(args)
       jax.profiler.start_trace(self._directory)
       self._is_on = True
-    result = function(*args)
+    with jax.profiler.StepTraceAnnotation('train', step_num=step):
+      result = function(*args)
     if self._is_on and step == self._last:
       jax.block_until_ready(result)
       self.close()

@@ -24,6 +24,7 @@ Kernel = Literal['xla', 'splash', 'cudnn']
 KERNELS = typing.get_args(Kernel)
 # Where each runs; splash also on the CPU, interpreted, to be compared.
 BACKENDS = {'splash': ('tpu', 'cpu'), 'cudnn': ('gpu',)}
+DTYPES = {'splash': ('float32', 'bfloat16'), 'cudnn': ('bfloat16', 'float16')}
 LANES = 128  # of a TPU's vector unit: blocks are multiples
 ROWS = 'data', 'fsdp'
 BLOCK = 512  # positions that the kernel has in fast memory at once, at most
@@ -63,13 +64,16 @@ def check(
   """Raises ValueError for what a kernel cannot do."""
   if kernel not in KERNELS:
     raise ValueError(f'attention_kernel = {kernel!r} is not one of {KERNELS}.')
-  problem = None
-  if kernel != 'xla' and has_bias:
+  if kernel == 'xla':
+    return
+  problem, dtype = None, jnp.dtype(dtype).name
+  if has_bias:
     problem = 'has no relative-position bias'
+  elif dtype not in DTYPES[kernel]:
+    allowed = ' or '.join(DTYPES[kernel])
+    problem = f'computes in {allowed}, and dtype = {dtype!r}'
   elif kernel == 'cudnn' and softcap is not None:
     problem = f'has no soft-cap, and attention_softcap = {softcap}'
-  elif kernel == 'cudnn' and jnp.dtype(dtype).itemsize != 2:
-    problem = f"computes in bfloat16 or float16, and dtype = '{dtype}'"
   elif kernel == 'cudnn' and (head_dim % 8 or head_dim > 256):
     problem = f'has head sizes 8, 16, ..., 256, and head_dim = {head_dim}'
   if problem:

@@ -15,8 +15,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
-from calm_jax import masks, sharding, train_step
-from calm_jax.models import attention, kernels
+from calm_jax import assembly, masks, sharding, train_step
+from calm_jax.model import Model
+from calm_jax.models import attention, kernels, pretrained
 from tests import tiny, toys
 
 T = 150  # two blocks of 128 with padding
@@ -272,6 +273,7 @@ def test_cudnn_becomes_a_call_of_its_library(monkeypatch):
     ('cudnn', {'has_bias': True}, 'no relative-position bias'),
     ('cudnn', {'softcap': 50.0}, "soft-cap.*50.0.*Set .* = 'xla'"),
     ('cudnn', {'dtype': 'float32'}, "bfloat16 or float16.*'float32'"),
+    ('splash', {'dtype': 'float16'}, "float32 or bfloat16.*'float16'"),
     ('cudnn', {'head_dim': 100}, 'head_dim = 100'),
     ('cudnn', {'head_dim': 264}, 'head_dim = 264'),
   ],
@@ -293,6 +295,57 @@ def test_a_kernel_runs_where_it_can():
     kernels.check_backend('splash', 'gpu')
   with pytest.raises(ValueError, match='runs on gpu.*here are tpu'):
     kernels.check_backend('cudnn', 'tpu')
+
+
+def described(config, kernel, **changes):
+  return pretrained.ModelSpec(
+    config=dataclasses.replace(config, **changes),
+    vocabulary=toys.vocabulary(tiny.VOCAB),
+    attention_kernel=kernel,
+  )
+
+
+@pytest.mark.parametrize(
+  ('kernel', 'changes', 'message'),
+  [
+    ('cudnn', {**tiny.FAMILIES['gemma2'], 'dtype': 'bfloat16'}, 'soft-cap'),
+    ('splash', tiny.ENCODERS['t5'], 'relative-position bias'),
+    ('fast', {}, "attention_kernel = 'fast'"),
+  ],
+)
+def test_a_model_is_refused_when_it_is_described(kernel, changes, message):
+  with pytest.raises(ValueError, match=message):
+    described(tiny.ANCHOR, kernel, **changes)
+
+
+def test_each_tower_has_its_kernel_and_the_composition_its_anchors():
+  model = assembly.build_model(
+    described(tiny.ANCHOR, 'splash'),
+    augmenting={'code': described(tiny.AUGMENTING, 'xla')},
+    composition=tiny.composed().composition,
+  )
+  assert model.anchor.kernel == 'splash'
+  assert model.augmenting['code'].kernel == 'xla'
+
+
+def test_heads_of_the_composition_are_checked_too(monkeypatch):
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  changes = {'dtype': 'bfloat16', 'embed_dim': 24}
+  with pytest.raises(ValueError, match='head_dim = 6'):
+    assembly.build_model(
+      described(tiny.ANCHOR, 'cudnn', **changes),
+      augmenting={'code': described(tiny.AUGMENTING, 'xla')},
+      composition=tiny.composed().composition,
+    )
+
+
+def test_only_training_splits_splash_over_devices(one_device):
+  spec, composed_model = described(ANCHOR, 'splash'), composed('splash')
+  for mesh, kernel in ((one_device, 'splash'), (sharding.make_mesh(), 'xla')):
+    found = Model(composed_model, {}, spec=spec, mesh=mesh).composed
+    assert found.anchor.kernel == kernel
+    assert found.augmenting['code'].kernel == kernel
+  assert composed_model.anchor.kernel == 'splash'
 
 
 # --- TPU ---------------------------------------------------------------------
