@@ -100,8 +100,13 @@ def test_windows_and_softcap(window, is_scanned):
   assert_equal_to_xla(qkv, mask_BTS, pattern, SEGMENTS > 0, softcap=2.0)
 
 
-def test_bidirectional():
-  where = attention.Positions.bidirectional(SEGMENTS, SEGMENTS)
+@pytest.mark.parametrize('window', [None, 20])
+def test_bidirectional(window):
+  """A window is of what is behind; what is ahead is read in any case."""
+  index_BT = np.broadcast_to(np.arange(T, dtype=np.int32), SEGMENTS.shape)
+  where = attention.Positions.bidirectional(index_BT, SEGMENTS)
+  if window is not None:
+    where = where.within(np.int32(window), (window,))
   qkv = arrays(heads=2, kv_heads=2)
   assert_equal_to_xla(qkv, where.mask_BTS, where.pattern, SEGMENTS > 0)
 
@@ -117,7 +122,7 @@ def test_any_mask_of_another_length_where_some_see_nothing():
   assert not mask_BTS[0, :5].any()
   everywhere_BT = np.ones((2, T), bool)
   qkv = arrays(heads=2, kv_heads=2, source=200)
-  assert_equal_to_xla(qkv, mask_BTS, None, everywhere_BT)
+  assert_equal_to_xla(qkv, mask_BTS, None, everywhere_BT, softcap=2.0)
 
 
 @pytest.mark.parametrize(
