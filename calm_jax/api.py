@@ -17,7 +17,7 @@ from calm_jax.array_types import Params
 from calm_jax.composition import ComposedLM
 from calm_jax.connections import CompositionConfig, LayerMapping
 from calm_jax.model import Model
-from calm_jax.models import pretrained
+from calm_jax.models import kernels, pretrained
 from calm_jax.models.pretrained import ModelSpec
 from calm_jax.quantization import QuantizationConfig
 
@@ -30,6 +30,7 @@ def load_pretrained(
   quantization: QuantizationConfig | None = None,
   mesh: Mesh | None = None,
   axis_rules: sharding.AxisRules | None = None,
+  attention_kernel: kernels.Kernel = 'xla',
   size: str | None = None,
   revision: str | None = None,
 ) -> Model:
@@ -44,6 +45,8 @@ def load_pretrained(
     mesh: where to put them; all devices along `data` if None.
     axis_rules: how to split them over it, such as 'replicated'; see
       `sharding.rules_of`.
+    attention_kernel: what computes the attention of whole sequences, on one
+      device; see `models.kernels`.
     size: what it must be, by name ('gemma_2b').
     revision: of a hub id: a branch, a tag or a commit.
   """
@@ -53,6 +56,7 @@ def load_pretrained(
     param_dtype=param_dtype,
     quantization=quantization,
     axis_rules=axis_rules,
+    attention_kernel=attention_kernel,
     size=size,
     revision=revision,
   )
@@ -64,7 +68,9 @@ def from_spec(
 ) -> Model:
   """Loads or initialises one described model."""
   mesh = mesh or sharding.make_mesh()
-  composed = ComposedLM(assembly.build_tower(spec.config))
+  composed = ComposedLM(
+    assembly.build_tower(spec.config, kernel=spec.attention_kernel)
+  )
   loaded = assembly.load(spec, composed.anchor, mesh=mesh, seed=seed)
   model = Model(
     composed,

@@ -18,6 +18,7 @@ from calm_jax.lora import LoraConfig
 from calm_jax.models import (
   directories,
   encoder,
+  kernels,
   pretrained,
   stacking,
   transformer,
@@ -59,12 +60,14 @@ def build_model(
       "The anchor has attention = 'bidirectional': an encoder cannot speak. Use"
       ' it as augmenting model, and a decoder as anchor.'
     )
-  return ComposedLM(
-    transformer.DecoderLM(anchor.config, stack=stack),
-    augmenting={
-      name: build_tower(spec.config, stack=stack)
-      for name, spec in augmenting.items()
-    },
+
+  def tower(spec):
+    kernel = spec.attention_kernel
+    return build_tower(spec.config, stack=stack, kernel=kernel)
+
+  model = ComposedLM(
+    tower(anchor),
+    augmenting={name: tower(spec) for name, spec in augmenting.items()},
     composition=composition,
     own_tokens=[
       name
@@ -73,6 +76,13 @@ def build_model(
     ],
     remat=remat,
   )
+  if model.connections:
+    kernels.check(
+      anchor.attention_kernel,
+      dtype=anchor.config.dtype,
+      head_dim=anchor.config.embed_dim // model.num_heads,
+    )
+  return model
 
 
 def _reads_targets(spec: ModelSpec, composition: CompositionConfig) -> bool:
@@ -83,12 +93,20 @@ def _reads_targets(spec: ModelSpec, composition: CompositionConfig) -> bool:
 
 
 def build_tower(
-  config: TransformerConfig, *, stack: Literal['loop', 'scan'] = 'loop'
+  config: TransformerConfig,
+  *,
+  stack: Literal['loop', 'scan'] = 'loop',
+  kernel: kernels.Kernel = 'xla',
 ) -> transformer.Tower:
-  """Builds the decoder or encoder of a configuration."""
+  """Builds the decoder or encoder of a configuration.
+
+  Raises:
+    ValueError: if the attention kernel does not run here.
+  """
+  kernels.check_backend(kernel, jax.default_backend())
   is_encoder = config.attention == 'bidirectional'
   tower = encoder.EncoderLM if is_encoder else transformer.DecoderLM
-  return tower(config, stack=stack)
+  return tower(config, stack=stack, kernel=kernel)
 
 
 def build_readers(

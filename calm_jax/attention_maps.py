@@ -10,13 +10,15 @@ import functools
 import io
 from typing import Any
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from calm_jax import alignment, batches, sources
-from calm_jax.array_types import Batch, Params
+from calm_jax.array_types import Array, Batch, Params
 from calm_jax.composition import ComposedLM
+from calm_jax.cross_attention import CrossAttention
 from calm_jax.model import Model
 from calm_jax.models import attention, layers
 from calm_jax.vocabularies import Vocabulary
@@ -204,12 +206,41 @@ def _interleave(
         positions_BT=where.positions_BT,
         mask_BTS=source.mask_BTS,
       )
-      found[c.key] = *reading(method='weights'), source.mask_BTS
+      found[c.key] = *reading(method=_weights), source.mask_BTS
       update_BTD += reading(method='attend')
     x_BTD = layers.round_to(x_BTD + update_BTD, x_BTD.dtype)
   stop = model.anchor.depth
   x_BTD, _ = anchor(x_BTD, where, start=done, stop=stop, method='run')
   return anchor(x_BTD, method='logits'), found
+
+
+def _weights(
+  cross: CrossAttention,
+  query_BTD: Array,
+  source: attention.KVCache,
+  *,
+  positions_BT: Array,
+  mask_BTS: Array,
+) -> tuple[Array, Array | None]:
+  """Returns what `CrossAttention.attend` weighs the source with.
+
+  Returns:
+    Weights [B, T, N, S], float32: where there is nothing to read, zeros; and
+    gates [B, T, N], or None if there are none.
+  """
+  query_BTD = cross.norm_query(query_BTD)
+  B, S, N = source.key.shape[:3]
+  # Whoever reads the identity matrix gets the weights.
+  identity_BSNS = jnp.broadcast_to(jnp.eye(S)[None, :, None], (B, S, N, S))
+  weights_BTNS = cross.read_by(
+    query_BTD,
+    source.replace(value=identity_BSNS),
+    positions_BT=positions_BT,
+    mask_BTS=mask_BTS,
+  )
+  if cross.config.gate == 'none':
+    return weights_BTNS, None
+  return weights_BTNS, nn.sigmoid(cross.gate(query_BTD))
 
 
 def _texts(vocabulary: Vocabulary, ids: np.ndarray) -> tuple[str, ...]:

@@ -1,9 +1,13 @@
 """What a composed model remembers of the tokens so far."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from calm_jax import masks
 from calm_jax.array_types import Array
 from calm_jax.models import attention, transformer
 
@@ -24,6 +28,51 @@ class ComposedCache:
   augmenting: dict[str, transformer.Cache]
   cross: dict[str, attention.KVCache]
   visible_from: dict[str, Array]
+
+  @classmethod
+  def empty(
+    cls,
+    composed: Any,
+    batch: int,
+    *,
+    slots: int,
+    slots_of: Mapping[str, int],
+  ) -> 'ComposedCache':
+    """Returns empty caches for all models and connections.
+
+    Args:
+      composed: the `ComposedLM`.
+      batch: B.
+      slots: positions of the anchor.
+      slots_of: positions of each augmenting model.
+    """
+    anchor = composed.anchor
+    return cls(
+      anchor=anchor.empty_cache(batch=batch, slots=slots, stop=anchor.depth),
+      augmenting={
+        name: model.empty_cache(
+          batch=batch,
+          slots=slots_of[name],
+          stop=composed.tapped_layers(name)[-1] + 1,
+        )
+        for name, model in composed.augmenting.items()
+        if name not in composed.prompt_only  # read at once, not remembered
+      },
+      cross={
+        c.key: attention.KVCache.empty(
+          batch=batch,
+          slots=slots_of[c.augmenting],
+          heads=composed.num_heads,
+          head_dim=anchor.width // composed.num_heads,
+          dtype=anchor.config.dtype,
+        )
+        for c in composed.connections
+      },
+      visible_from={
+        name: jnp.full((batch, slots_of[name]), masks.NEVER, jnp.int32)
+        for name in composed.augmenting
+      },
+    )
 
   def take_rows(self, rows_B: Array) -> 'ComposedCache':
     """Returns the cache whose row b is this one's row `rows_B[b]`."""

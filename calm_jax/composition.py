@@ -17,14 +17,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from calm_jax import embedding_noise, masks, sources
+from calm_jax import embedding_noise, sources
 from calm_jax import lora as lora_lib
 from calm_jax.array_types import Array, Batch, Params
 from calm_jax.composed_cache import ComposedCache
 from calm_jax.connections import CompositionConfig, Connection
 from calm_jax.cross_attention import CrossAttention
 from calm_jax.lora import LoraConfig
-from calm_jax.models import attention, layers, transformer
+from calm_jax.models import attention, kernels, layers, transformer
 from calm_jax.sources import AugmentingModel, AugmentingTokens, Source, View
 
 
@@ -111,13 +111,14 @@ class ComposedLM:
     }
     return tuple(sorted(read))
 
-  def cross_attention(self) -> CrossAttention:
+  def cross_attention(self, kernel: kernels.Kernel = 'xla') -> CrossAttention:
     """Returns the module each connection applies to its own parameters."""
     return CrossAttention(
       embed_dim=self.anchor.width,
       num_heads=self.num_heads,
       config=self.composition,
       dtype=self.anchor.config.dtype,
+      kernel=kernel,
       parent=None,  # not a part of a module that calls us
     )
 
@@ -241,43 +242,9 @@ class ComposedLM:
     slots: int,
     augmenting_slots: Mapping[str, int] | None = None,
   ) -> ComposedCache:
-    """Returns empty caches for all models and connections.
-
-    Args:
-      batch: B.
-      slots: positions of the anchor, and of models that read its tokens.
-      augmenting_slots: positions of each model with a vocabulary of its own.
-    """
+    """Returns empty caches; see `ComposedCache.empty`."""
     slots_of = dict.fromkeys(self.augmenting, slots) | (augmenting_slots or {})
-    cross = {
-      c.key: attention.KVCache.empty(
-        batch=batch,
-        slots=slots_of[c.augmenting],
-        heads=self.num_heads,
-        head_dim=self.anchor.width // self.num_heads,
-        dtype=self.anchor.config.dtype,
-      )
-      for c in self.connections
-    }
-    return ComposedCache(
-      anchor=self.anchor.empty_cache(
-        batch=batch, slots=slots, stop=self.anchor.depth
-      ),
-      augmenting={
-        name: model.empty_cache(
-          batch=batch,
-          slots=slots_of[name],
-          stop=self.tapped_layers(name)[-1] + 1,
-        )
-        for name, model in self.augmenting.items()
-        if name not in self.prompt_only  # read at once: nothing to remember
-      },
-      cross=cross,
-      visible_from={
-        name: jnp.full((batch, slots_of[name]), masks.NEVER, jnp.int32)
-        for name in self.augmenting
-      },
-    )
+    return ComposedCache.empty(self, batch, slots=slots, slots_of=slots_of)
 
   def _stream(
     self,
@@ -319,7 +286,8 @@ class ComposedLM:
       return x_BTD
 
     def cross(x_BTD, c):
-      apply = self.cross_attention().apply
+      kernel = self.anchor.kernel if cache is None else 'xla'
+      apply = self.cross_attention(kernel).apply
       theta = {'params': params['composition'][c.key]}
       source = read[c.augmenting]
       memory = None if cache is None else cache.cross[c.key]
@@ -342,6 +310,7 @@ class ComposedLM:
         memory,
         positions_BT=anchor.where.positions_BT,
         mask_BTS=source.mask_BTS,
+        pattern=source.pattern,
       )
 
     x_BTD, done = self._embed(params, anchor), 0

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from calm_jax.array_types import Array, DType
 from calm_jax.connections import CompositionConfig
-from calm_jax.models import attention, layers
+from calm_jax.models import attention, kernels, layers
 
 
 class CrossAttention(nn.Module):
@@ -16,12 +16,14 @@ class CrossAttention(nn.Module):
     num_heads: N; the head size H is D // N.
     config: norms, initialisation and position encoding.
     dtype: dtype of the computation.
+    kernel: what computes `attend`; see `models.kernels`.
   """
 
   embed_dim: int
   num_heads: int
   config: CompositionConfig
   dtype: DType = jnp.float32
+  kernel: kernels.Kernel = 'xla'
 
   def setup(self):
     fan_in, zeros = layers.fan_in_init(), nn.initializers.zeros
@@ -69,43 +71,20 @@ class CrossAttention(nn.Module):
     *,
     positions_BT: Array,
     mask_BTS: Array,
+    pattern: kernels.Pattern | None = None,
   ) -> Array:
     """Returns what is added to the anchor's residual stream, [B, T, D]."""
-    query_BTD = self._norm_query(query_BTD)
-    out_BTNH = self._read_by(
-      query_BTD, source, positions_BT=positions_BT, mask_BTS=mask_BTS
+    query_BTD = self.norm_query(query_BTD)
+    out_BTNH = self.read_by(
+      query_BTD,
+      source,
+      positions_BT=positions_BT,
+      mask_BTS=mask_BTS,
+      pattern=pattern,
     )
     if self.config.gate == 'sigmoid':
       out_BTNH *= nn.sigmoid(self.gate(query_BTD))[..., None]
     return self.out(out_BTNH.reshape(query_BTD.shape))
-
-  def weights(
-    self,
-    query_BTD: Array,
-    source: attention.KVCache,
-    *,
-    positions_BT: Array,
-    mask_BTS: Array,
-  ) -> tuple[Array, Array | None]:
-    """Returns what `attend` weighs the source with, to be looked at.
-
-    Returns:
-      Weights [B, T, N, S], float32: where there is nothing to read, zeros; and
-      gates [B, T, N], or None if there are none.
-    """
-    query_BTD = self._norm_query(query_BTD)
-    B, S, N = source.key.shape[:3]
-    # Whoever reads the identity matrix gets the weights.
-    identity_BSNS = jnp.broadcast_to(jnp.eye(S)[None, :, None], (B, S, N, S))
-    weights_BTNS = self._read_by(
-      query_BTD,
-      source.replace(value=identity_BSNS),
-      positions_BT=positions_BT,
-      mask_BTS=mask_BTS,
-    )
-    if self.config.gate == 'none':
-      return weights_BTNS, None
-    return weights_BTNS, nn.sigmoid(self.gate(query_BTD))
 
   def __call__(self, query_BTD: Array, source_BSE: Array) -> Array:
     """Attends without mask at positions 0; touches every parameter."""
@@ -118,17 +97,19 @@ class CrossAttention(nn.Module):
       mask_BTS=jnp.ones((B, T, S), bool),
     )
 
-  def _norm_query(self, query_BTD: Array) -> Array:
+  def norm_query(self, query_BTD: Array) -> Array:
+    """Returns the normalised queries, if there is a norm."""
     rms = self.config.norm == 'rms'
     return self.query_norm(query_BTD) if rms else query_BTD
 
-  def _read_by(
+  def read_by(
     self,
     query_BTD: Array,
     source: attention.KVCache,
     *,
     positions_BT: Array,
     mask_BTS: Array,
+    pattern: kernels.Pattern | None = None,
   ) -> Array:
     """Returns what each head reads for normalised queries, [B, T, N, H]."""
     query_BTNH = self._turn(self._heads(self.query(query_BTD)), positions_BT)
@@ -138,6 +119,8 @@ class CrossAttention(nn.Module):
       source.value,
       mask_BTS,
       scale=query_BTNH.shape[-1] ** -0.5,
+      kernel=self.kernel,
+      pattern=pattern,
     )
 
   def _heads(self, x_BTD: Array) -> Array:

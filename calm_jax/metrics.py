@@ -133,13 +133,17 @@ class Log:
         str(directory / 'tensorboard'), purge_step=steps[0] + 1
       )
 
-  def start(self, batch: Batch, wait_seconds: float) -> None:
+  def start(
+    self, batch: Batch, wait_seconds: float, *, after: Any = None
+  ) -> None:
     """Starts the clock, once the step has compiled.
 
     Args:
       batch: as every batch of this run is shaped.
       wait_seconds: time spent waiting for data until now.
+      after: what the step returns, to be waited for.
     """
+    jax.block_until_ready(after)
     self._tokens = batch['decoder_input_tokens'].size
     self._flops = self._step_flops(batch)
     self._start = self._then = time.perf_counter()

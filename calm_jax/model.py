@@ -1,6 +1,7 @@
 """A model with its weights and vocabulary: what one can do with it."""
 
 from collections.abc import Mapping, Sequence
+import copy
 import pathlib
 from typing import Any
 import warnings
@@ -50,7 +51,7 @@ class Model:
     fingerprints: Mapping[str, str] | None = None,
     readers: Mapping[str, alignment.Reader] | None = None,
   ):
-    self.composed = composed
+    self.composed = composed = _on_mesh(composed, mesh)
     self.params = params
     self.spec = spec
     self.fingerprints = dict(fingerprints or {})
@@ -301,6 +302,17 @@ class Model:
     run_files.write_config(directory, self.composed, self.fingerprints)
     run_files.write_trained(directory, self.params['composition'])
     run_files.write_card(directory, self.composed, self.fingerprints)
+
+
+def _on_mesh(composed: Any, mesh: Mesh) -> Any:
+  """Returns the model without the kernel that only training can split."""
+  towers = {'anchor': composed.anchor, **composed.augmenting}
+  if mesh.size == 1 or all(one.kernel != 'splash' for one in towers.values()):
+    return composed
+  towers = {name: one.clone(kernel='xla') for name, one in towers.items()}
+  composed = copy.copy(composed)
+  composed.anchor, composed.augmenting = towers.pop('anchor'), towers
+  return composed
 
 
 def _check_texts(name: str, texts: Any, *, or_ids: bool = False) -> None:

@@ -1,8 +1,10 @@
 """The stages of a training run around the training: check, load, export."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import pathlib
 import time
+from typing import Any
 
 from flax import linen as nn
 import jax
@@ -31,6 +33,15 @@ def say(text: str) -> None:
   """Prints a line, on process 0 only."""
   if jax.process_index() == 0:
     print(text, flush=True)
+
+
+@contextlib.contextmanager
+def closing(*resources: Any) -> Iterator[None]:
+  """Closes all of them in the end, the last one first."""
+  with contextlib.ExitStack() as stack:
+    for one in resources:
+      stack.callback(one.close)
+    yield
 
 
 def check(
@@ -123,6 +134,14 @@ def load_frozen(
   elif jax.process_index() == 0:
     run_files.write_config(directory, model, fingerprints)
   return assembly.frozen_tree(loaded)
+
+
+def summarize(
+  write: Callable[[pathlib.Path], None] | None, directory: pathlib.Path
+) -> None:
+  """Lets the configuration be written to a directory, on process 0."""
+  if write is not None and jax.process_index() == 0:
+    write(directory)
 
 
 def open_state(

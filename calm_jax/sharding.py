@@ -220,10 +220,15 @@ def collect(array: Any) -> np.ndarray:
   return np.asarray(jax.device_get(array))
 
 
+def ambient_mesh() -> Any:
+  """Returns the mesh of `jax.set_mesh` if it has our axes, else None."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh if set(MESH_AXES) <= set(mesh.axis_names) else None
+
+
 def constrain(x: Any, *logical_axes: str | None) -> Any:
   """Pins an activation to the table's sharding; does nothing without a mesh."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names):
+  if ambient_mesh() is None:
     return x
   table = dict(LOGICAL_AXIS_RULES)
   spec = PartitionSpec(*(table[a] if a else None for a in logical_axes))

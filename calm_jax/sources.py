@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from calm_jax import masks
 from calm_jax.array_types import Array, Batch
-from calm_jax.models import attention
+from calm_jax.models import attention, kernels
 
 
 class AugmentingModel(Protocol):
@@ -76,12 +76,14 @@ class Source:
       rotary positions in the cross-attention.
     mask_BTS: bool, over the new tokens, or over all slots of a cache.
     visible_from_BC: of the cache, the new tokens included, or None.
+    pattern: what the mask is made of, where both read the same tokens.
   """
 
   view: View | None
   text_positions_BS: Array | None
   mask_BTS: Array
   visible_from_BC: Array | None = None
+  pattern: kernels.Pattern | None = None
 
 
 class Composed(Protocol):
@@ -124,7 +126,7 @@ def from_batch(batch: Batch, name: str, composed: Composed) -> Source:
   side, model = side_of(batch, name, composed), composed.augmenting[name]
   positions_BS = batch[f'{side}_positions']
   segment_ids_BS = batch[f'{side}_segment_ids']
-  text_positions_BS = positions_BS
+  text_positions_BS, pattern = positions_BS, None
   if side != 'decoder':
     visible_from_BS = batch[f'{side}_visible_from']
     if name not in composed.prompt_only:
@@ -140,6 +142,7 @@ def from_batch(batch: Batch, name: str, composed: Composed) -> Source:
   else:
     index_T = jnp.arange(positions_BS.shape[1])
     visible_from_BS = jnp.broadcast_to(index_T, positions_BS.shape)
+    pattern = kernels.Pattern(segment_ids_BS, segment_ids_BS)
   return Source(
     View(
       batch[f'{side}_input_tokens'], model.whole(positions_BS, segment_ids_BS)
@@ -150,6 +153,7 @@ def from_batch(batch: Batch, name: str, composed: Composed) -> Source:
       augmenting_segment_ids_BS=segment_ids_BS,
       visible_from_BS=visible_from_BS,
     ),
+    pattern=pattern,
   )
 
 

@@ -6,7 +6,6 @@ Read `train` from top to bottom: its stages are in the order of execution.
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import closing
 import functools
 import pathlib
 from typing import Literal
@@ -21,6 +20,7 @@ from calm_jax import (
   flops,
   metrics,
   optimizers,
+  profiling,
   sharding,
   train_state,
   train_step,
@@ -53,6 +53,7 @@ def train(
   remat: bool = False,
   make_mesh: Callable[[], Mesh] = sharding.make_mesh,
   log_every: int = 50,
+  profile_steps: tuple[int, int] | None = None,
   checkpoint_every: int = 500,
   evaluator: evaluation.Evaluator = evaluation.Evaluator(),
   keep_checkpoints: int = 3,
@@ -70,8 +71,7 @@ def train(
     batch_size: rows of a global batch.
     augmenting: frozen models that are read, by name.
     composition: mapping and form of the cross-attention.
-    trainable: the subtree that is trained. The baselines 'lora' and 'anchor'
-      (all of it) leave out a composition that is described.
+    trainable: the subtree; 'lora' and 'anchor' leave a composition out.
     lora: the form of LoRA's updates.
     optimizer: AdamW, Adafactor or Muon with its schedule.
     random_seed: of initialisation and data.
@@ -80,6 +80,7 @@ def train(
     remat: whether what is differentiated is computed again, not kept.
     make_mesh: arranges the devices.
     log_every: steps between progress lines and rows of metrics.jsonl.
+    profile_steps: first and last step of a trace in model_dir/profile.
     checkpoint_every: steps between checkpoints; the last step is always saved.
     evaluator: tasks that are decoded and scored during training.
     keep_checkpoints: how many of the newest stay.
@@ -110,6 +111,7 @@ def train(
   stages.check(train_steps, batch_size, step_config, trainable, mesh)
   stages.check_counts(log_every=log_every, checkpoint_every=checkpoint_every)
   evaluator.check()
+  profiler = profiling.Profiler(directory, profile_steps, train_steps)
   specs = {'anchor': anchor, **kept}
   shapes, places = stages.describe(model, specs, mesh, trainable)
   readers = assembly.build_readers(anchor, augmenting or {}, composition)
@@ -125,8 +127,7 @@ def train(
     # --- Frozen weights ------------------------------------------------------
     specs = specs if trainable != 'anchor' else {}
     frozen = stages.load_frozen(directory, model, specs, mesh, random_seed)
-    if summarize_config is not None and jax.process_index() == 0:
-      summarize_config(directory)
+    stages.summarize(summarize_config, directory)
 
     # --- Trained state: newest good checkpoint, or fresh ---------------------
     update = optimizer.make(train_steps)
@@ -159,14 +160,13 @@ def train(
     )
     guard = guards_lib.Guard(guards, directory)
     is_due = lambda step, every: step % every == 0 or step == train_steps
-    with closing(saved), closing(log), closing(feed), jax.set_mesh(mesh), guard:
+    with stages.closing(saved, log, feed, profiler), jax.set_mesh(mesh), guard:
       for step in range(first + 1, train_steps + 1):
         batch = next(feed)
         placed = sharding.put_batch(batch, mesh)
-        state, measured = step_fn(state, frozen, placed)
+        state, measured = profiler.run(step, step_fn, state, frozen, placed)
         if step == first + 1:  # compiled: the clock starts here
-          jax.block_until_ready(state.step)
-          log.start(batch, feed.wait_seconds)
+          log.start(batch, feed.wait_seconds, after=state.step)
         must_stop = guard.after(step, batch, measured)
         if step == 1 or is_due(step, log_every):
           log.write(step, measured, **feed.report())

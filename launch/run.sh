@@ -31,6 +31,8 @@
 # same command continues); else that of the first worker that failed.
 #
 # CALM_JAX_PYTHON names a Python that has calm_jax: nothing is installed then.
+# Compiled programs are kept in JAX_COMPILATION_CACHE_DIR, or else in .jax_cache
+# of the checkout (docs/kernels.md).
 # docs/tpu_pods.md walks through all of it.
 set -euo pipefail
 
@@ -56,8 +58,10 @@ fail() {
 }
 
 # Sets `python`, installing calm_jax if it has changed; prints it if $1 is 1.
+# What it compiles is kept for the next time.
 find_python() {
   local dry_run="$1" venv="${CALM_JAX_VENV:-$root/.venv}"
+  export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$root/.jax_cache}"
   if [[ -n "${CALM_JAX_PYTHON:-}" ]]; then
     python="$CALM_JAX_PYTHON"
     return
@@ -98,7 +102,6 @@ key_value_experiment() {
   cd "$root"
   local python
   find_python 0
-  export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$root/.jax_cache}"
   export TF_CPP_MIN_LOG_LEVEL=3
   exec "$python" launch/kv_quick.py "$@"
 }

@@ -111,6 +111,16 @@ def test_local_runs_an_entry_point_with_its_flags(stage):
 
 
 @pytest.mark.parametrize(
+  ('given', 'kept'),
+  [({}, ROOT / '.jax_cache'), ({'JAX_COMPILATION_CACHE_DIR': '/c'}, '/c')],
+)
+def test_compiled_programs_are_kept(stage, given, kept):
+  stage.plan('python', 'echo "$JAX_COMPILATION_CACHE_DIR"')
+  assert stage.run('local', *TRAIN, **given)[1] == f'{kept}\n'
+  assert stage.run(**given)[1] == f'{kept}\n'
+
+
+@pytest.mark.parametrize(
   'words',
   [
     ('local',),
@@ -248,7 +258,8 @@ def test_tpu_vm_runs_on_all_workers(stage):
   checkout.mkdir(parents=True)
   shutil.copy(stage.folder / 'python', checkout)
   (checkout / 'python.plan').write_text(
-    'echo "$CALM_JAX_COORDINATOR $CALM_JAX_DIRECTORY"; exit 75\n'
+    'echo "$CALM_JAX_COORDINATOR $CALM_JAX_DIRECTORY'
+    ' $JAX_COMPILATION_CACHE_DIR"; exit 75\n'
   )
   done = subprocess.run(
     ['bash', '-c', remote],
@@ -257,7 +268,7 @@ def test_tpu_vm_runs_on_all_workers(stage):
     capture_output=True,
     text=True,
   )
-  assert done.stdout == '[worker 3] auto m d\n'
+  assert done.stdout == '[worker 3] auto m d .jax_cache\n'
   assert done.returncode == 75
   words = (checkout / 'calls').read_text().split('\n')[1:-2]
   assert words == ['-m', 'calm_jax.train', *TRAIN[1:]]

@@ -26,7 +26,8 @@ FLOORS = (
   ' text.ends text.chat_process text.chat_templates text.base'
   ' text.byte_vocabularies text.sentencepiece_vocabulary'
   ' text.tokenizers_vocabulary alignment',
-  'models.layers models.config models.attention models.transformer'
+  'models.layers models.config models.kernels models.attention'
+  ' models.transformer'
   ' models.encoder models.stacking models.number_embeddings models.pretrained'
   ' models.config_fields models.rope_fields models.family_tables'
   ' models.tensor_names models.families models.directories models.weights'
@@ -34,7 +35,7 @@ FLOORS = (
   'connections cross_attention sources composed_cache lora composition',
   'optimizers train_state batches array_batches prefetch data'
   ' seqio_texts feature_converters checkpoints metrics flops assembly'
-  ' run_files namespaces sandbox guards',
+  ' run_files namespaces sandbox guards profiling',
   'train_step sampling decoding beam_search generation scoring evaluation',
   'model run_stages api attention_maps evaluate infer train convert import_t5x'
   ' reporting.runs reporting.scores reporting.pictures reporting.page'
@@ -61,13 +62,15 @@ WITHIN_A_FLOOR = {
   'vocabularies': 'text.base text.byte_vocabularies text.files text.settings'
   ' text.sentencepiece_vocabulary text.tokenizers_vocabulary',
   'models.config': 'models.layers',
-  'models.attention': 'models.layers models.config',
-  'models.transformer': 'models.layers models.config models.attention',
+  'models.attention': 'models.config models.kernels models.layers',
+  'models.transformer': 'models.attention models.config models.kernels'
+  ' models.layers',
   'models.weight_files': 'models.directories models.weights',
   'models.export': 'models.config models.directories models.families'
   ' models.pretrained'
   ' models.weight_files models.weights',
   'models.pretrained': 'models.layers models.config models.number_embeddings'
+  ' models.kernels'
   ' models.directories models.families models.weights'
   ' models.weight_files models.sizes',
   'models.rope_fields': 'models.config_fields models.layers',

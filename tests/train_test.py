@@ -208,6 +208,36 @@ def test_a_pretrained_decoder_is_trained_on_from_its_weights(
   assert 1e-5 < max(moved) < 2e-3  # AdamW's first step is the learning rate
 
 
+def test_splash_on_eight_devices_trains_as_xla(donors, tmp_path):
+  losses = []
+  for kernel in ('xla', 'splash'):
+    chosen = [dataclasses.replace(d, attention_kernel=kernel) for d in donors]
+    run(
+      tmp_path / kernel,
+      chosen,
+      make_mesh=lambda: sharding.make_mesh(data=2, fsdp=2, tensor=2),
+      train_steps=3,
+    )
+    rows = metrics_of(tmp_path / kernel)
+    losses.append([[r['train/loss'], r['train/grad_norm']] for r in rows])
+  np.testing.assert_allclose(*losses, rtol=1e-5)
+  assert losses[0] != losses[1]  # it is another program
+
+
+def test_a_trace_holds_the_named_steps_and_changes_nothing(
+  finished, donors, tmp_path
+):
+  run(tmp_path, donors, profile_steps=(3, 4))
+  assert metrics_of(tmp_path) == metrics_of(finished)
+  name = 'composition.safetensors'
+  assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
+  (trace,) = (tmp_path / 'profile').rglob('*.xplane.pb')
+  planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+  events = [e for plane in planes for line in plane.lines for e in line.events]
+  steps = [dict(e.stats)['step_num'] for e in events if e.name == 'train']
+  assert steps == [3, 4]
+
+
 def test_a_run_writes_what_was_trained_and_nothing_frozen(finished, donors):
   theta = safetensors.numpy.load_file(finished / 'composition.safetensors')
   assert all(name.startswith('code_0_into_0/') for name in theta)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from calm_jax import masks
 from calm_jax.array_types import Array, DType
-from calm_jax.models import layers
+from calm_jax.models import kernels, layers
 from calm_jax.models.config import TransformerConfig
 
 MASKED = -1e30  # finite: a row without any visible key must not become NaN
@@ -50,12 +50,14 @@ class Positions:
     mask_BTS: bool, before any window.
     distance_BTS: int32, query position - key position, for windows and biases.
     bias_BNTS: added to the attention logits, or None.
+    pattern: what the mask is made of, for kernels; None with a cache.
   """
 
   positions_BT: Array
   mask_BTS: Array
   distance_BTS: Array
   bias_BNTS: Array | None = None
+  pattern: kernels.Pattern | None = None
 
   @classmethod
   def full(cls, positions_BT: Array, segment_ids_BT: Array) -> 'Positions':
@@ -64,6 +66,7 @@ class Positions:
       positions_BT=positions_BT,
       mask_BTS=masks.causal_mask(segment_ids_BT),
       distance_BTS=positions_BT[:, :, None] - positions_BT[:, None, :],
+      pattern=kernels.Pattern(segment_ids_BT, segment_ids_BT),
     )
 
   @classmethod
@@ -75,6 +78,7 @@ class Positions:
       positions_BT=positions_BT,
       mask_BTS=segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :],
       distance_BTS=positions_BT[:, :, None] - positions_BT[:, None, :],
+      pattern=kernels.Pattern(segment_ids_BT, segment_ids_BT, is_causal=False),
     )
 
   @classmethod
@@ -87,6 +91,16 @@ class Positions:
       distance_BTS=positions_BT[:, :, None] - slots,
     )
 
+  def within(
+    self, window: Array, windows: tuple[int | None, ...]
+  ) -> 'Positions':
+    """Narrows all of it to one window, of those that a model has."""
+    mask_BTS = masks.window_mask(self.mask_BTS, self.distance_BTS, window)
+    pattern = self.pattern
+    if pattern is not None:
+      pattern = pattern.replace(window=window, windows=windows)
+    return self.replace(mask_BTS=mask_BTS, pattern=pattern)
+
 
 def attend(
   query_BTNH: Array,
@@ -97,6 +111,8 @@ def attend(
   scale: float,
   softcap: float | None = None,
   bias_BNTS: Array | None = None,
+  kernel: kernels.Kernel = 'xla',
+  pattern: kernels.Pattern | None = None,
 ) -> Array:
   """Computes softmax(scale q k^T) v with grouped heads (arXiv 2305.13245).
 
@@ -108,10 +124,16 @@ def attend(
     scale: multiplies the dot products.
     softcap: if given, logits become softcap * tanh(logits / softcap).
     bias_BNTS: if given, added to the logits.
+    kernel: what computes it; a kernel may give anything for padding queries.
+    pattern: what the mask is made of, which a kernel may read in its place.
 
   Returns:
     [B, T, N, H] in the dtype of the values; the softmax is in float32.
   """
+  if kernel != 'xla':
+    arrays = query_BTNH, key_BSKH, value_BSKH, mask_BTS, pattern
+    how = {'scale': scale, 'softcap': softcap, 'bias_BNTS': bias_BNTS}
+    return kernels.attend(kernel, *arrays, **how)
   B, T, N, H = query_BTNH.shape
   K = key_BSKH.shape[2]
   query_BTKGH = query_BTNH.reshape(B, T, K, N // K, H) * scale
@@ -136,6 +158,7 @@ class SelfAttention(nn.Module):
   """Self-attention of one block."""
 
   config: TransformerConfig
+  kernel: kernels.Kernel = 'xla'
 
   @nn.compact
   def __call__(
@@ -201,17 +224,18 @@ class SelfAttention(nn.Module):
     if cache is not None:
       cache = cache.write(key_BTKH, value_BTKH, where.positions_BT)
       key_BTKH, value_BTKH = cache.key, cache.value
-    mask_BTS = where.mask_BTS
     if cfg.has_windows:
-      mask_BTS = masks.window_mask(mask_BTS, where.distance_BTS, window)
+      where = where.within(window, cfg.windows)
     out_BTNH = attend(
       query_BTNH,
       key_BTKH.astype(query_BTNH.dtype),
       value_BTKH.astype(query_BTNH.dtype),
-      mask_BTS,
+      where.mask_BTS,
       scale=cfg.attention_scale,
       softcap=cfg.attention_softcap,
       bias_BNTS=where.bias_BNTS,
+      kernel='xla' if where.pattern is None else self.kernel,
+      pattern=where.pattern,
     )
     out_BTD = dense('out', D, ('heads', 'embed'), cfg.attention_bias == 'all')(
       out_BTNH.reshape(B, T, -1)

@@ -6,6 +6,7 @@ import numbers
 from typing import Any, Literal
 
 import jax.numpy as jnp
+import numpy as np
 
 from calm_jax.array_types import Array
 from calm_jax.models import layers
@@ -215,8 +216,8 @@ class TransformerConfig:
     """Returns what differs between layers start..stop, stacked on axis L.
 
     Returns:
-      `window`: int32 [L]; `frequencies`: float32 [L, H // 2]; `rotary_scale`:
-      float32 [L].
+      `window`: int32 [L], a host array, so that a kernel knows it;
+      `frequencies`: float32 [L, H // 2]; `rotary_scale`: float32 [L].
     """
     windows = self.windows[start:stop]
     frequencies, scales = [], []
@@ -228,8 +229,8 @@ class TransformerConfig:
       frequencies.append(layers.rope_frequencies(self.head_dim, theta, scaling))
       scales.append(1.0 if scaling is None else scaling.rotary_scale)
     return {
-      'window': jnp.asarray(
-        [NO_WINDOW if w is None else w for w in windows], jnp.int32
+      'window': np.asarray(
+        [NO_WINDOW if w is None else w for w in windows], np.int32
       ),
       'frequencies': jnp.stack(frequencies),
       'rotary_scale': jnp.asarray(scales, jnp.float32),

@@ -16,7 +16,13 @@ import numpy as np
 
 from calm_jax import sharding, trees, vocabularies
 from calm_jax.array_types import Params
-from calm_jax.models import directories, families, sizes, weight_files
+from calm_jax.models import (
+  directories,
+  families,
+  kernels,
+  sizes,
+  weight_files,
+)
 from calm_jax.models import weights as lazy
 from calm_jax.models.config import TransformerConfig
 from calm_jax.models.layers import RopeScaling
@@ -42,6 +48,8 @@ class ModelSpec:
     axis_rules: how this model is split over the mesh, if not by the table of
       `sharding`: 'replicated', or single rules. A small model beside a large
       one is best whole everywhere.
+    attention_kernel: what computes the attention of whole sequences, as in
+      training; see `kernels`. An anchor's serves the composition too.
   """
 
   config: TransformerConfig
@@ -52,6 +60,7 @@ class ModelSpec:
   number_embeddings: NumberEmbeddings | None = None
   quantization: QuantizationConfig | None = None
   axis_rules: sharding.AxisRules | None = None
+  attention_kernel: kernels.Kernel = 'xla'
 
   def __post_init__(self):
     if self.weights not in ('pretrained', 'random'):
@@ -72,6 +81,13 @@ class ModelSpec:
         ' embedding. Give the vocabulary that belongs to the model.'
       )
     sharding.rules_of(self.axis_rules)  # raises
+    kernels.check(
+      self.attention_kernel,
+      softcap=self.config.attention_softcap,
+      has_bias=self.config.position_encoding == 'relative_bias',
+      dtype=self.config.dtype,
+      head_dim=self.config.head_dim,
+    )
     if self.quantization is not None:
       heads = self.config.num_heads * self.config.head_dim
       self.quantization.check_widths(
@@ -87,6 +103,7 @@ def pretrained_model(
   weights: Literal['pretrained', 'random'] = 'pretrained',
   quantization: QuantizationConfig | None = None,
   axis_rules: sharding.AxisRules | None = None,
+  attention_kernel: kernels.Kernel = 'xla',
   size: str | None = None,
   revision: str | None = None,
 ) -> ModelSpec:
@@ -106,6 +123,7 @@ def pretrained_model(
     weights: 'random' takes everything but the weights, as a control.
     quantization: how they are stored if they are frozen.
     axis_rules: as in `ModelSpec`.
+    attention_kernel: as in `ModelSpec`.
     size: what the directory must hold, a name in `sizes.NAMES`.
     revision: of a hub id: a branch, a tag or a commit.
 
@@ -114,7 +132,11 @@ def pretrained_model(
   """
   changes = {'dtype': dtype, 'param_dtype': param_dtype}
   changes = {name: value for name, value in changes.items() if value}
-  kept = {'quantization': quantization, 'axis_rules': axis_rules}
+  kept = {
+    'quantization': quantization,
+    'axis_rules': axis_rules,
+    'attention_kernel': attention_kernel,
+  }
   if path is None:
     if size is None:
       raise ValueError(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from calm_jax import sharding
 from calm_jax.array_types import Array
-from calm_jax.models import attention, layers
+from calm_jax.models import attention, kernels, layers
 from calm_jax.models.config import TransformerConfig
 
 Cache = Mapping[str, attention.KVCache]
@@ -20,6 +20,7 @@ class Block(nn.Module):
   """One transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
   config: TransformerConfig
+  kernel: kernels.Kernel = 'xla'
 
   @nn.compact
   def __call__(
@@ -43,9 +44,9 @@ class Block(nn.Module):
     def after(name, x):
       return norm(name, x) if cfg.norm_placement == 'sandwich' else x
 
-    out_BTD, cache = attention.SelfAttention(cfg, name='attention')(
-      norm('attention_norm', x_BTD), where, cache=cache, **layer
-    )
+    out_BTD, cache = attention.SelfAttention(
+      cfg, self.kernel, name='attention'
+    )(norm('attention_norm', x_BTD), where, cache=cache, **layer)
     x_BTD = x_BTD + after('attention_post_norm', out_BTD)
     mlp = layers.MLP(
       cfg.mlp_dim,
@@ -73,12 +74,14 @@ class Tower(nn.Module):
       may only start and stop at cuts.
     remat_from: blocks from this layer on keep nothing for the backward pass but
       their input, and run again there; None for no block.
+    kernel: what computes the attention of whole sequences; see `kernels`.
   """
 
   config: TransformerConfig
   stack: Literal['loop', 'scan'] = 'loop'
   cuts: tuple[int, ...] = ()
   remat_from: int | None = None
+  kernel: kernels.Kernel = 'xla'
 
   def setup(self):
     cfg = self.config
@@ -112,7 +115,7 @@ class Tower(nn.Module):
     if self.remat_from is not None and start >= self.remat_from:
       block = nn.remat(Block, prevent_cse=is_loop)
     if is_loop:
-      return block(self.config, name=name)
+      return block(self.config, self.kernel, name=name)
     scanned = nn.scan(
       block,
       variable_axes={'params': 0, 'lora': 0},
@@ -122,7 +125,7 @@ class Tower(nn.Module):
       length=stop - start,
       metadata_params={nn.PARTITION_NAME: 'layers'},
     )
-    return scanned(self.config, name=name)
+    return scanned(self.config, self.kernel, name=name)
 
   @property
   def depth(self) -> int:
@@ -232,7 +235,8 @@ class Tower(nn.Module):
   def init_params(self, rng: Array) -> Any:
     """Initialises the parameters, boxed with their logical axes."""
     tokens_BT = jnp.zeros((1, 2), jnp.int32)
-    return self.init(rng, tokens_BT, method='init_everything')['params']
+    model = self.clone(kernel='xla')
+    return model.init(rng, tokens_BT, method='init_everything')['params']
 
 
 class DecoderLM(Tower):

@@ -80,6 +80,7 @@ on_all() {
 run_once() {
   local variables program code=0
   variables_of auto
+  variables+=("JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-.jax_cache}")
   program="$(quote env "${variables[@]}" TF_CPP_MIN_LOG_LEVEL=3 \
     "$remote_python" -m "calm_jax.$entry" ${flags[@]+"${flags[@]}"})"
   # Which worker says what: hosts are called ...-w-0, ...-w-1.

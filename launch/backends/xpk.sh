@@ -23,6 +23,9 @@ xpk_venv/bin/pip install xpk, and put xpk_venv/bin on PATH."
 run_once() {
   local variables one program code=0
   variables_of auto
+  # A pod's own disk is gone with it: a bucket, if one is named.
+  [[ -z "${JAX_COMPILATION_CACHE_DIR:-}" ]] \
+    || variables+=("JAX_COMPILATION_CACHE_DIR=$JAX_COMPILATION_CACHE_DIR")
   program="$(quote "$remote_python" -m "calm_jax.$entry" \
     ${flags[@]+"${flags[@]}"})"
   local command=(xpk workload create "${place[@]}" "--workload=$workload"
