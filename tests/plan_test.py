@@ -11,6 +11,7 @@ import re
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -199,25 +200,33 @@ def test_estimated_flops_are_the_least_and_what_is_declared(remat, stack):
 
 
 def test_estimated_memory_of_a_program():
-  """Two products are alive at once; what is elementwise is not stored."""
+  """What is elementwise is not stored, unless a product reads it."""
 
   def f(x, w, v):
-    y = jax.nn.relu(2 * (x @ w))
-    return (y + 1) @ v + jax.lax.scan(
-      lambda c, row: (c + row @ v, None), jnp_zeros, y.reshape(4, 2, 16)
-    )[0].sum()
+    y = x @ w  # stored: y; not 2 * y, nor its exponential
+    z = jax.nn.relu(jnp.exp(2 * y))  # stored: z, which a product reads
+    return (z @ v).sum() + jnp.tanh(y).sum()
 
-  jnp_zeros = np.zeros((2, 8), np.float32)
-  shapes = [(8, 32), (32, 16), (16, 8)]
+  shapes = [(8, 32), (32, 16), (16, 4)]
   args = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
   found = traced.usage(jax.make_jaxpr(f)(*args).jaxpr, traced.nbytes)
-  flops_of = 2 * 8 * 32 * 16 + 2 * 2 * 8 * 16 * 8
-  assert found.flops == flops_of
-  product, small = 8 * 16 * 4, 2 * 8 * 4
-  # Both operands of the last products are made of the first: that, what is
-  # read by the second and by the scan, and the second's result; in the scan a
-  # slice, its product and the carry.
-  assert product < found.peak < 4 * product + 8 * small
+  y, z, product = 8 * 16 * 4, 8 * 16 * 4, 8 * 4 * 4
+  assert found.peak == y + z + product
+  assert found.flops == 2 * 8 * 32 * 16 + 2 * 8 * 16 * 4
+
+
+def test_estimated_costs_of_a_loop():
+  def f(x, w):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+  shapes = [(8, 16), (5, 16, 16)]
+  args = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
+  found = traced.usage(jax.make_jaxpr(f)(*args).jaxpr, traced.nbytes)
+  carry, matrix = 8 * 16 * 4, 16 * 16 * 4
+  assert found.flops == 5 * 2 * 8 * 16 * 16
+  # A matrix and a product, over which its tanh is written; the result has the
+  # memory of what the step was given.
+  assert found.peak == carry + matrix
 
 
 def test_rematerialising_needs_less_memory():

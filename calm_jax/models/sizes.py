@@ -107,11 +107,11 @@ _SIZES = {
     query_pre_attn_scalar=168,
     **_GEMMA3,
   ),
-  # meta-llama/Llama-2-7b-hf, and TinyLlama/TinyLlama_v1.1 with its tokenizer
+  # meta-llama/Llama-2-7b-hf, and of its form TinyLlama/TinyLlama_v1.1
   'llama2_7b': _size(
     'llama', 6_738_415_616, (4096, 11008, 32, 32, 32), **_LLAMA2
   ),
-  'tinyllama_1.1b': _size(
+  'llama2_1.1b': _size(
     'llama', 1_100_048_384, (2048, 5632, 22, 32, 4), **_LLAMA2
   ),
   # meta-llama/Meta-Llama-3-8B, Meta-Llama-3-70B, Llama-3.2-1B
@@ -156,6 +156,9 @@ _SIZES = {
   'gemma_tiny': _size('gemma', 35_104, _TINY, vocab_size=128, head_dim=8),
   'gemma2_tiny': _size('gemma2', 35_360, _TINY, **_TINY_WINDOW),
   'gemma3_tiny': _size('gemma3_text', 35_424, _TINY, **_TINY_WINDOW),
+  'llama2_tiny': _size(
+    'llama', 39_200, _TINY, **{**_LLAMA2, 'vocab_size': 128}
+  ),
   'llama3_tiny': _size(
     'llama', 39_200, _TINY, **{**_LLAMA3, 'vocab_size': 128}
   ),
