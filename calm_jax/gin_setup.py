@@ -48,6 +48,8 @@ def seqio_batches(
   pack: bool = True,
   shuffle: bool = True,
   truncate: Literal['error', 'skip'] = 'error',
+  cache_dir: str | None = None,
+  streams: int = 1,
   **run: Any,
 ):
   """See `calm_jax.data.seqio_batches`; imports TensorFlow when called."""
@@ -60,6 +62,8 @@ def seqio_batches(
     pack=pack,
     shuffle=shuffle,
     truncate=truncate,
+    cache_dir=cache_dir,
+    streams=streams,
     **run,
   )
 
@@ -75,6 +79,7 @@ def register() -> None:
   """Makes known to gin what a gin file may name; more than once is fine."""
   from calm_jax import (
     array_batches,
+    cache,
     convert,
     evaluate,
     evaluation,
@@ -94,6 +99,7 @@ def register() -> None:
     'sweep': sweep.sweep,
     'import_t5x': import_t5x.import_t5x,
     'convert': convert.convert,
+    'cache': cache.cache,
     'seqio_batches': seqio_batches,
     'npz_batches': array_batches.npz_batches,
     'task_vocabulary': task_vocabulary,
@@ -149,8 +155,8 @@ def configure(
   """Parses gin files and returns the configured entry function.
 
   Args:
-    entry: 'train', 'evaluate', 'infer', 'report', 'sweep', 'convert' or
-      'import_t5x'.
+    entry: 'train', 'evaluate', 'infer', 'report', 'sweep', 'convert', 'cache'
+      or 'import_t5x'.
     gin_files: paths, sought as given, in `search_paths`, then in the package.
     bindings: 'NAME = value' statements, applied last.
     search_paths: folders.
@@ -382,14 +388,10 @@ def _run(entry: str, rest: Sequence[str]) -> None:
     offered = {
       'summarize_config': write_operative_config,
       'configure': config_of,
+      'config': gin.config_str(),
     }
-    function(
-      **{
-        name: one
-        for name, one in offered.items()
-        if name in inspect.signature(function).parameters
-      }
-    )
+    wanted = inspect.signature(function).parameters
+    function(**{name: offered[name] for name in offered if name in wanted})
   except (ValueError, OSError, FloatingPointError) as error:
     if os.environ.get('CALM_JAX_TRACEBACK'):
       raise
