@@ -36,9 +36,7 @@ class StreamBatches:
     self._rows = batch_size // streams
     needed_B = np.ones(batch_size, bool) if needed_B is None else needed_B
     wanted = needed_B.reshape(streams, self._rows).any(axis=1)
-    self._streams = {
-      int(r): make_stream(int(r)) for r in np.flatnonzero(wanted)
-    }
+    self._streams = {r: make_stream(r) for r in range(streams) if wanted[r]}
 
   def __iter__(self) -> 'StreamBatches':
     return self
