@@ -56,6 +56,8 @@ setuptools.setup(
   extras_require={
     'tpu': ['jax[tpu]'],
     'gpu': ['jax[cuda12]'],
+    # An environment of its own, with constraints-beam.txt: calm_jax.cache
+    'beam': ['apache-beam', 'google-crc32c'],
     # torch, transformers and accelerate are what the models are compared with.
     'test': [
       'accelerate',

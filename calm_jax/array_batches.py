@@ -72,6 +72,7 @@ def npz_batches(
   vocabulary: object = None,
   targets_per_row: int | None = None,
   readers: Mapping[str, Reader] | None = None,
+  needed_B: object = None,
 ) -> ArrayBatches:
   """Returns the rows of an .npz file as batches: no SeqIO, no TensorFlow.
 
@@ -82,8 +83,9 @@ def npz_batches(
     vocabulary: not used; every iterator factory is given it.
     targets_per_row: the most supervised positions that a row may have.
     readers: by name of each augmenting model whose arrays the file must hold.
+    needed_B: bool, the rows that this process needs; here it makes all.
   """
-  del vocabulary
+  del vocabulary, needed_B
   try:
     with np.load(path) as file:
       rows = dict(file)

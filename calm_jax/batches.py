@@ -106,6 +106,13 @@ class ExampleBatches:
   def __next__(self) -> Batch:
     """Returns the next batch; a finite stream ends with a partial one."""
     first = self._consumed
+    batch = self.next_rows()
+    if not batch['decoder_segment_ids'].any():
+      raise StopIteration
+    return check_supervised(batch, f'examples {first} to {self._consumed - 1}')
+
+  def next_rows(self) -> Batch:
+    """Returns the next batch, be it of padding alone, or without a target."""
     batch = empty_batch(
       self._shape,
       pad_id=self._pad_id,
@@ -113,14 +120,13 @@ class ExampleBatches:
     )
     for row in range(self._shape[0]):
       self._fill(row, batch)
-    if not batch['decoder_segment_ids'].any():
-      raise StopIteration
-    return check_supervised(batch, f'examples {first} to {self._consumed - 1}')
+    return batch
 
   def state(self) -> dict:
     return {'examples': self._consumed, 'skipped': self.skipped}
 
   def restore(self, state: dict) -> None:
+    check_streams(state, 1)
     self._consumed, self.skipped = state['examples'], state['skipped']
     self._examples = self._make_examples(self._consumed)
     self._next = None
@@ -323,6 +329,23 @@ def _place_reading(
   batch[f'{name}_positions'][slots] = np.arange(len(ids))
   batch[f'{name}_segment_ids'][slots] = segment
   batch[f'{name}_visible_from'][slots] = np.add(visible_from, offset)
+
+
+def num_streams(state: dict) -> int:
+  """Returns of how many streams a position is."""
+  examples = state.get('examples')
+  return len(examples) if isinstance(examples, list) else 1
+
+
+def check_streams(state: dict, streams: int) -> None:
+  """Raises ValueError unless a position is of so many streams."""
+  saved = num_streams(state)
+  if saved != streams:
+    raise ValueError(
+      f'The checkpoint was written with streams = {saved} of data, and this run'
+      f' has {streams}. Set seqio_batches.streams = {saved}, or begin another'
+      ' MODEL_DIR.'
+    )
 
 
 def check_supervised(batch: Batch, where: str) -> Batch:

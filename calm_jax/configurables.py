@@ -31,6 +31,8 @@ def seqio_batches(
   pack: bool = True,
   shuffle: bool = True,
   truncate: Literal['error', 'skip'] = 'error',
+  cache_dir: str | None = None,
+  streams: int = 1,
   shapes_only: bool = False,
   **run: Any,
 ):
@@ -49,6 +51,8 @@ def seqio_batches(
     pack=pack,
     shuffle=shuffle,
     truncate=truncate,
+    cache_dir=cache_dir,
+    streams=streams,
     **run,
   )
 
@@ -64,6 +68,7 @@ def configurables() -> dict[str, Callable[..., Any]]:
   """Maps names in gin files to functions and classes."""
   from calm_jax import (
     array_batches,
+    cache,
     convert,
     evaluate,
     evaluation,
@@ -84,6 +89,7 @@ def configurables() -> dict[str, Callable[..., Any]]:
     'sweep': sweep.sweep,
     'import_t5x': import_t5x.import_t5x,
     'convert': convert.convert,
+    'cache': cache.cache,
     'plan': plan.plan,
     'seqio_batches': seqio_batches,
     'npz_batches': array_batches.npz_batches,

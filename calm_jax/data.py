@@ -5,163 +5,30 @@ TensorFlow only prepares token ids here. Layout and packing are numpy's
 iterators have no small state to continue from.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import difflib
-import functools
-import random
 import re
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 import seqio
 import tensorflow as tf
 
-from calm_jax import alignment, batches, seqio_texts, vocabularies
+from calm_jax import (
+  alignment,
+  batches,
+  seqio_cache,
+  seqio_mixtures,
+  stream_batches,
+  vocabularies,
+)
+from calm_jax.seqio_mixtures import Mixture
 from calm_jax.seqio_texts import SeqIOVocabulary
 
 _TEXT = 'inputs_pretokenized'  # What SeqIO calls the text of the inputs.
 _EXAMPLES = 128  # How many leave TensorFlow at once.
-_SHUFFLED = 10_000  # Texts in the shuffle buffer of a mixture's part.
+_STRIDE = 1_000_003  # Between the seeds of streams.
 _THREADS = 2  # For tf.data: it must not fight the train step for the cores.
-
-
-class Part(Protocol):
-  """Examples, and their share of a mixture; see `calm_jax.tasks.mixture`."""
-
-  task: Any
-  split: str
-  rate: float
-
-
-class Mixture(Protocol):
-  """Parts under a name; see `calm_jax.tasks.mixture`."""
-
-  name: str
-  parts: Sequence[Part]
-
-
-class _PartSource(seqio.DataSource):
-  """The texts of one part, over and over; its split is 'train'."""
-
-  def __init__(self, part: Part):
-    self.part = part
-    super().__init__(splits=['train'], caching_permitted=False)
-
-  @property
-  def supports_arbitrary_sharding(self) -> bool:
-    return False
-
-  @property
-  def performs_internal_shuffling(self) -> bool:
-    return True
-
-  def list_shards(self, split: str) -> list[str]:
-    return [split]
-
-  def examples(self) -> Iterable[Mapping[str, Any]]:
-    return self.part.task.examples(self.part.split)
-
-  def get_dataset(
-    self, split='train', shuffle=True, seed=None, shard_info=None
-  ) -> tf.data.Dataset:
-    del split, shard_info  # There is one of each.
-
-    def stream():
-      # SeqIO would fill its buffer by repeating small data, which is slow.
-      rng = random.Random(seed or 0)
-      while True:
-        examples = self.examples()
-        yield from _shuffled(examples, rng) if shuffle else examples
-
-    return seqio_texts.text_dataset(stream)
-
-
-def _shuffled(examples: Iterable[Any], rng: random.Random) -> Iterator[Any]:
-  """Yields each example once, out of a buffer that is filled before."""
-  buffer = []
-  for example in examples:
-    if len(buffer) < _SHUFFLED:
-      buffer.append(example)
-    else:
-      i = rng.randrange(_SHUFFLED)
-      yield buffer[i]
-      buffer[i] = example
-  rng.shuffle(buffer)
-  yield from buffer
-
-
-def register_mixture(
-  mixture: Mixture, vocabulary: vocabularies.Vocabulary
-) -> str:
-  """Makes SeqIO know a mixture of texts, tokenized; again is fine.
-
-  Args:
-    mixture: its tasks' examples have 'inputs', which may be empty, and
-      'targets', to which EOS is added.
-    vocabulary: of the anchor.
-
-  Returns:
-    The name, that of the mixture; its only split, 'train', never ends.
-
-  Raises:
-    ValueError: if the name stands for something else, or a part has no first
-      example. What its other examples are is found when they are read.
-  """
-  features_vocabulary = SeqIOVocabulary(lambda: vocabulary)
-  has_eos = vocabulary.eos_id is not None
-  sources = [_PartSource(part) for part in mixture.parts]
-  if _is_registered(mixture, sources, features_vocabulary):
-    return mixture.name
-  for source in sources:
-    if next(iter(source.examples()), None) is None:
-      raise ValueError(
-        f'{source.part.task.name!r}, a part of the mixture {mixture.name!r},'
-        f' has no example in its split {source.part.split!r}. Look into its'
-        ' files, or leave the part out.'
-      )
-  rates = []
-  for name, source in zip(_part_names(mixture), sources, strict=True):
-    seqio.TaskRegistry.add(
-      name,
-      source=source,
-      output_features={
-        'inputs': seqio.Feature(features_vocabulary, add_eos=False),
-        'targets': seqio.Feature(features_vocabulary, add_eos=has_eos),
-      },
-      preprocessors=[
-        functools.partial(seqio_texts.tokenize_batched, with_eos=True)
-      ],
-      shuffle_buffer_size=None,
-    )
-    rates.append((name, source.part.rate))
-  seqio.MixtureRegistry.add(mixture.name, rates)
-  return mixture.name
-
-
-def _part_names(mixture: Mixture) -> list[str]:
-  return [f'{mixture.name}.part{i}' for i in range(len(mixture.parts))]
-
-
-def _is_registered(
-  mixture: Mixture,
-  sources: Sequence[_PartSource],
-  vocabulary: SeqIOVocabulary,
-) -> bool:
-  """Whether it is; raises ValueError if its name stands for another thing."""
-  known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
-  if mixture.name not in known:
-    return False
-  tasks = seqio.get_subtasks(seqio.get_mixture_or_task(mixture.name))
-  if {task.name for task in tasks} == set(_part_names(mixture)) and all(
-    seqio.TaskRegistry.get(name).source.part == source.part
-    and seqio.TaskRegistry.get(name).output_features['targets'].vocabulary
-    == vocabulary
-    for name, source in zip(_part_names(mixture), sources, strict=True)
-  ):
-    return True
-  raise ValueError(
-    f'SeqIO knows another task or mixture by the name {mixture.name!r}: of'
-    ' other parts, rates or vocabulary. Give this mixture another name.'
-  )
 
 
 def seqio_batches(
@@ -174,15 +41,14 @@ def seqio_batches(
   pack: bool = True,
   shuffle: bool = True,
   truncate: str = 'error',
+  cache_dir: str | None = None,
+  streams: int = 1,
   targets_per_row: int | None = None,
   vocabulary: vocabularies.Vocabulary | None = None,
   readers: Mapping[str, alignment.Reader] | None = None,
-) -> batches.ExampleBatches:
+  needed_B: np.ndarray | None = None,
+) -> batches.BatchIterator:
   """Returns the batches of a registered task or mixture, repeated for ever.
-
-  Every process makes the same global batches, and takes its rows of them
-  (`sharding.put_batch`). To continue, the stream is made anew up to the
-  saved position: exact, without buffers to save, but tokenized once more.
 
   Args:
     mixture_or_task_name: a name that SeqIO knows, or a mixture to register.
@@ -195,69 +61,128 @@ def seqio_batches(
     pack: whether a row may hold several examples.
     shuffle: whether to shuffle, with the buffer that the task declares.
     truncate: 'error', or 'skip' to leave out and count what is too long.
+    cache_dir: where `calm_jax.cache` has cached it; None reads what it is of.
+    streams: R, groups of shards, each with its own order and its own B / R rows
+      of a batch. Like the seed, it is part of what the data are.
     targets_per_row: how many supervised positions a row may have, if limited.
     vocabulary: of the anchor; it must be the one of the task.
     readers: by name of each augmenting model with a vocabulary of its own; the
       task must keep the text of its inputs as 'inputs_pretokenized'.
+    needed_B: bool, the rows whose streams are read; None is all.
 
   Returns:
     A `BatchIterator`; examples begin with BOS, if the vocabulary has one.
 
   Raises:
-    ValueError: for an unknown name or split, or another vocabulary.
+    ValueError: for what is unknown, not cached or of another vocabulary, and
+      for streams that do not divide the shards and B.
   """
-  mixture_or_task_name = _name_of(mixture_or_task_name, vocabulary)
-  provider = _provider(mixture_or_task_name, split)
-  features = [f for f in ('inputs', 'targets') if f in provider.output_features]
-  readers = readers or {}
+  provider = _provider(mixture_or_task_name, split, cache_dir, vocabulary)
+  _check_streams(provider, split, streams, batch_size, cached=bool(cache_dir))
   length, augmenting_lengths = _split_lengths(
-    mixture_or_task_name, task_feature_lengths, features, readers
+    provider, task_feature_lengths, readers or {}
   )
-  _check_vocabulary(mixture_or_task_name, vocabulary)
   features_vocabulary = provider.output_features['targets'].vocabulary
+
+  def make_stream(index: int) -> batches.ExampleBatches:
+    return batches.ExampleBatches(
+      _example_maker(
+        provider,
+        readers or {},
+        split=split,
+        use_cached=bool(cache_dir),
+        shuffle=shuffle,
+        # Else the parts of a mixture would come in the same order in all.
+        seed=seed + index * _STRIDE,
+        shard_info=seqio.ShardInfo(index, streams) if streams > 1 else None,
+      ),
+      batch_size=batch_size // streams,
+      length=length,
+      pack=pack,
+      bos_id=_bos_id(features_vocabulary),
+      pad_id=features_vocabulary.pad_id,
+      truncate=truncate,
+      targets_per_row=targets_per_row,
+      augmenting_lengths=augmenting_lengths,
+    )
+
+  if streams == 1:
+    return make_stream(0)
+  return stream_batches.StreamBatches(
+    make_stream, streams=streams, batch_size=batch_size, needed_B=needed_B
+  )
+
+
+def _example_maker(
+  provider: seqio.Task | seqio.Mixture,
+  readers: Mapping[str, alignment.Reader],
+  **settings: Any,
+) -> Callable[[int], Iterator[dict[str, Any]]]:
+  """Returns what yields the examples of one stream from a number on."""
   is_mixture = isinstance(provider, seqio.Mixture)  # It drops the text.
   keep = {'passthrough_features': [_TEXT]} if is_mixture and readers else {}
 
   def make_examples(start: int) -> Iterator[dict[str, Any]]:
     dataset = provider.get_dataset(
       sequence_length=None,  # SeqIO would trim without a word.
-      split=split,
-      shuffle=shuffle,
-      seed=seed,
       num_epochs=None,
+      **settings,
       **keep,
     )
-    examples = _examples(dataset, features, start, with_text=bool(readers))
+    examples = _examples(
+      dataset, _features(provider), start, with_text=bool(readers)
+    )
     if readers:
-      anchor = task_vocabulary(mixture_or_task_name)
+      anchor = task_vocabulary(provider.name)
       examples = alignment.read_examples(examples, readers, anchor=anchor)
     return examples
 
-  return batches.ExampleBatches(
-    make_examples,
-    batch_size=batch_size,
-    length=length,
-    pack=pack,
-    bos_id=_bos_id(features_vocabulary),
-    pad_id=features_vocabulary.pad_id,
-    truncate=truncate,
-    targets_per_row=targets_per_row,
-    augmenting_lengths=augmenting_lengths,
-  )
+  return make_examples
 
 
-def _name_of(
-  mixture: str | Mixture, vocabulary: vocabularies.Vocabulary | None
-) -> str:
-  """Returns a name that SeqIO knows, of what may be a mixture of texts."""
-  if isinstance(mixture, str):
-    return mixture
-  if vocabulary is None:
+def _features(provider: seqio.Task | seqio.Mixture) -> list[str]:
+  return [f for f in ('inputs', 'targets') if f in provider.output_features]
+
+
+def _check_streams(
+  provider: seqio.Task | seqio.Mixture,
+  split: str,
+  streams: int,
+  batch_size: int,
+  *,
+  cached: bool,
+) -> None:
+  """Raises ValueError unless rows and shards can be split evenly."""
+  if streams < 1 or batch_size % streams:
     raise ValueError(
-      f'The mixture {mixture.name!r} is to be tokenized as the anchor reads;'
-      ' give vocabulary=.'
+      f'streams = {streams} of data do not divide BATCH_SIZE = {batch_size}:'
+      ' each fills as many rows. Choose a divisor.'
     )
-  return register_mixture(mixture, vocabulary)
+  tasks = seqio.get_subtasks(provider)
+  seqio_cache.check_streams(tasks, split, streams=streams, cached=cached)
+
+
+def _provider(
+  mixture: str | Mixture,
+  split: str,
+  cache_dir: str | None,
+  vocabulary: vocabularies.Vocabulary | None,
+) -> seqio.Task | seqio.Mixture:
+  """Returns what SeqIO has by a name, or makes of a mixture of texts."""
+  if not isinstance(mixture, str):
+    if vocabulary is None:
+      raise ValueError(
+        f'The mixture {mixture.name!r} is to be tokenized as the anchor reads;'
+        ' give vocabulary=.'
+      )
+    mixture = seqio_mixtures.register_mixture(
+      mixture, vocabulary, cached=bool(cache_dir)
+    )
+  provider = _known(mixture, split)
+  _check_vocabulary(mixture, vocabulary)
+  if cache_dir:
+    seqio_cache.open_cache(cache_dir, seqio_cache.cacheable(mixture), split)
+  return provider
 
 
 def _examples(
@@ -300,15 +225,15 @@ def _values(dataset: tf.data.Dataset) -> Iterator[Any]:
 
 
 def _split_lengths(
-  mixture_or_task_name: str,
+  provider: seqio.Task | seqio.Mixture,
   lengths: Mapping[str, int],
-  features: Iterable[str],
   readers: Iterable[str],
 ) -> tuple[int, dict[str, int]]:
   """Returns the slots of a row, and those of each reader."""
+  features = _features(provider)
   if not {*features} <= set(lengths) <= {*features, *readers}:
     raise ValueError(
-      f'{mixture_or_task_name!r} has the features {features}, the augmenting '
+      f'{provider.name!r} has the features {features}, the augmenting '
       f'models {sorted(readers)} have tokens of their own, and '
       f'task_feature_lengths names {sorted(lengths)}; give a length for each '
       'feature, and none for what is neither.'
@@ -334,9 +259,7 @@ def _check_vocabulary(
 def task_vocabulary(mixture_or_task_name: str) -> vocabularies.Vocabulary:
   """Returns our vocabulary of the targets of a registered task or mixture."""
   vocabulary = (
-    _provider(mixture_or_task_name, 'train')
-    .output_features['targets']
-    .vocabulary
+    _known(mixture_or_task_name, 'train').output_features['targets'].vocabulary
   )
   if not isinstance(vocabulary, SeqIOVocabulary):
     raise ValueError(
@@ -347,7 +270,7 @@ def task_vocabulary(mixture_or_task_name: str) -> vocabularies.Vocabulary:
   return vocabulary.vocabulary
 
 
-def _provider(name: str, split: str) -> seqio.Task | seqio.Mixture:
+def _known(name: str, split: str) -> seqio.Task | seqio.Mixture:
   """Returns the task or mixture `name`, all of whose tasks have `split`."""
   known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
   if name not in known:

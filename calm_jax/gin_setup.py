@@ -51,8 +51,8 @@ def configure(
   """Parses gin files and returns the configured entry function.
 
   Args:
-    entry: 'train', 'evaluate', 'infer', 'report', 'sweep', 'convert', 'plan'
-      or 'import_t5x'.
+    entry: 'train', 'evaluate', 'infer', 'report', 'sweep', 'convert', 'plan',
+      'cache' or 'import_t5x'.
     gin_files: paths, sought as given, in `search_paths`, then in the package.
     bindings: 'NAME = value' statements, applied last.
     search_paths: folders.
@@ -275,15 +275,10 @@ def _run(entry: str, rest: Sequence[str]) -> None:
       'summarize_config': write_operative_config,
       'configure': config_of,
       'settings_of': settings_of,
-      'config_text': gin.config_str,
+      'config': gin.config_str(),
     }
-    function(
-      **{
-        name: one
-        for name, one in offered.items()
-        if name in inspect.signature(function).parameters
-      }
-    )
+    wanted = inspect.signature(function).parameters
+    function(**{name: offered[name] for name in offered if name in wanted})
   except _TOLD as error:
     if os.environ.get('CALM_JAX_TRACEBACK'):
       raise

@@ -155,6 +155,7 @@ class Guard:
 
     Raises:
       FloatingPointError: if too many steps were refused.
+      ValueError: if targets were left out of a loss.
     """
     self.look()
     self._last = step, batch, measured
@@ -173,6 +174,12 @@ class Guard:
     if self._last is None:
       return
     (step, batch, measured), self._last = self._last, None
+    dropped = float(measured['dropped_targets'])
+    if dropped > 0.5:
+      raise ValueError(
+        f'Step {step} left {dropped:g} targets out of the loss: a row has more'
+        ' than targets_per_row. Raise that, or let make_batches keep to it.'
+      )
     if bool(measured['applied']):
       return
     self.refused += 1

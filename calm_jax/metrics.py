@@ -164,11 +164,7 @@ class Log:
       measured: scalars of the train step.
       wait_seconds: total time spent waiting for data so far.
       skipped_examples: how many were left out of the data so far.
-
-    Raises:
-      ValueError: if targets were left out of the loss.
     """
-    self.check(step, measured)
     values = {f'train/{k}': float(v) for k, v in measured.items()}
     # JSON has no NaN: of a refused step there is no loss, and `applied` is 0.
     values = {k: v for k, v in values.items() if np.isfinite(v)}
@@ -229,15 +225,6 @@ class Log:
         if what not in self._failed:
           print(f'warning: {what} cannot be written: {error}', flush=True)
         self._failed.add(what)
-
-  def check(self, step: int, measured: Mapping[str, Any]) -> None:
-    """Raises ValueError if targets were left out of the loss."""
-    dropped = float(measured['dropped_targets'])
-    if dropped > 0.5:
-      raise ValueError(
-        f'Step {step} left {dropped:g} targets out of the loss: a row has more'
-        ' than targets_per_row. Raise that, or let make_batches keep to it.'
-      )
 
   def close(self) -> None:
     if self._file is not None:

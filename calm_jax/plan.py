@@ -48,7 +48,7 @@ def plan(
   num_devices: int,
   compile: bool = True,
   settings_of: Callable[[str], Mapping[str, Any]] | None = None,
-  config_text: Callable[[], str] | None = None,
+  config: str | None = None,
 ) -> dict[str, Any]:
   """Prints what a run would hold, compute and send, and whether it fits.
 
@@ -58,7 +58,7 @@ def plan(
     compile: whether XLA compiles the step for a TPU ahead of time; else, and
       for GPUs, the figures of the step are analytic.
     settings_of: returns the arguments of an entry point, here 'train'.
-    config_text: returns the resolved configuration.
+    config: the resolved configuration as text.
 
   Returns:
     The same figures by name.
@@ -75,8 +75,8 @@ def plan(
   )
   settings = layouts.complete(settings_of('train'))
   layout = layouts.lay_out(settings, devices)
-  if config_text is not None:
-    _section('Resolved configuration', config_text().strip())
+  if config is not None:
+    _section('Resolved configuration', config.strip())
   _section(
     'Parameters',
     metrics.describe(layout.model, layout.shapes, trainable=layout.trainable),

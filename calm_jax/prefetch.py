@@ -44,8 +44,12 @@ class Prefetcher:
     return batch
 
   def report(self) -> dict:
-    """Returns the seconds waited, and how many examples were skipped so far."""
+    """Returns the seconds waited, and how many examples were skipped so far.
+
+    Of several streams, those are counted that this process reads.
+    """
     skipped = self._state.get('skipped', 0)
+    skipped = sum(skipped) if isinstance(skipped, list) else skipped
     return {'wait_seconds': self.wait_seconds, 'skipped_examples': skipped}
 
   def state(self) -> dict:

@@ -22,11 +22,12 @@ from calm_jax import (
   train_step,
 )
 from calm_jax.array_types import Params
-from calm_jax.batches import BatchIterator
+from calm_jax.batches import BatchIterator, num_streams
 from calm_jax.composition import ComposedLM
 from calm_jax.model import Model
 from calm_jax.models import export, stacking, weights
 from calm_jax.models.pretrained import ModelSpec
+from calm_jax.prefetch import Prefetcher
 
 
 def say(text: str) -> None:
@@ -178,6 +179,12 @@ def open_state(
     return state, state_places
   trained = dict.fromkeys(places, start())
   return jax.jit(create, out_shardings=state_places)(trained), state_places
+
+
+def position(feed: Prefetcher) -> dict:
+  """Returns where the data stand; of streams, each process knows its own."""
+  state = feed.state()
+  return state if num_streams(state) == 1 else sharding.largest(state)
 
 
 def start(

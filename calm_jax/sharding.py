@@ -205,6 +205,28 @@ def put_batch(
   }
 
 
+def needed_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
+  """Returns which rows of a batch this process gives; bool [B]."""
+  needed_B = np.zeros(batch_size, bool)
+  places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+  for (rows,) in places.values():
+    needed_B[rows] = True
+  return needed_B
+
+
+def largest(numbers: Any) -> Any:
+  """Returns a tree of ints, of each the largest that any process has.
+
+  Every process must take part, with a tree of the same form.
+  """
+  if jax.process_count() == 1:
+    return numbers
+  leaves, form = jax.tree.flatten(numbers)
+  mine = np.array(leaves, np.int64).view(np.uint8)  # JAX would cut them to 32
+  every = np.asarray(multihost_utils.process_allgather(mine)).view(np.int64)
+  return form.unflatten(every.max(axis=0).tolist())
+
+
 def collect(array: Any) -> np.ndarray:
   """Copies an array to the host, whole; every process must take part.
 

@@ -121,6 +121,7 @@ def train(
     vocabulary=anchor.vocabulary,
     readers=readers,
     targets_per_row=step_config.targets_per_row,
+    needed_B=sharding.needed_rows(batch_size, mesh),
   )
 
   with guards_lib.only_run(directory):
@@ -171,9 +172,8 @@ def train(
         if step == 1 or is_due(step, log_every):
           log.write(step, measured, **feed.report())
         if must_stop or is_due(step, checkpoint_every):
-          guard.look()
-          log.check(step, measured)  # never save a broken state
-          saved.save(state, data_state=feed.state())
+          guard.look()  # never save a broken state
+          saved.save(state, data_state=stages.position(feed))
         if must_stop:
           stages.stop(saved, step)
         if evaluator.tasks and is_due(step, evaluator.every):

@@ -1,10 +1,13 @@
 """Mixtures of texts to train on (D_C), from tasks and from files.
 
-They are plain values: `calm_jax.data.register_mixture` gives them to SeqIO.
+They are plain values: `calm_jax.seqio_mixtures` gives them to SeqIO.
 """
 
 from collections.abc import Iterator, Sequence
 import dataclasses
+import glob
+import itertools
+import os
 import pathlib
 from typing import Any, ClassVar
 
@@ -21,12 +24,13 @@ _FORMATS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextFile:
-  """The texts of one file, read line by line.
+  """The texts of one file, or of several, read line by line.
 
   Attributes:
     path: of a file that ends in .jsonl, .tsv or .txt. JSON lines hold either
       prompts and targets or documents ('text'); a .tsv holds parallel text, a
-      .txt one document a line. A document is predicted whole.
+      .txt one document a line. A document is predicted whole. With * it stands
+      for all files of that pattern, in the order of their names.
     template: how prompt and target become a text; {inputs}, and it ends in
       {targets}. None is '{inputs}{targets}', and for a .tsv a line each.
   """
@@ -56,13 +60,21 @@ class TextFile:
     """
     prompts.check_split('TextFile', split, self.splits)
     expected = _FORMATS[self._ending()]
-    reading.existing_file(self.path, expected=expected)
+    files = self.files()
+    for file in files:
+      reading.existing_file(file.path, expected=expected)
     read = {
-      '.jsonl': self._json_examples,
-      '.tsv': self._parallel,
-      '.txt': self._documents,
-    }
-    return read[self._ending()](expected)
+      '.jsonl': TextFile._json_examples,
+      '.tsv': TextFile._parallel,
+      '.txt': TextFile._documents,
+    }[self._ending()]
+    return itertools.chain.from_iterable(read(one, expected) for one in files)
+
+  def files(self) -> list['TextFile']:
+    """Returns the texts of each file by themselves."""
+    path = os.path.expanduser(self.path)
+    found = [] if os.path.exists(path) else sorted(glob.glob(path))
+    return [dataclasses.replace(self, path=one) for one in found] or [self]
 
   def _json_examples(self, expected: str) -> Iterator[dict[str, str]]:
     template = self._template()
@@ -122,6 +134,10 @@ class Part:
         f'The rate of {self.task.name!r} is {self.rate}: it must be positive.'
         ' Leave out a part that is not wanted.'
       )
+
+  def shards(self) -> list[Any]:
+    """Returns what can be read side by side: each file, or the task."""
+    return self.task.files() if isinstance(self.task, TextFile) else [self.task]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

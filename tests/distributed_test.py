@@ -4,6 +4,7 @@ Run: pytest tests/distributed_test.py
 """
 
 import copy
+import json
 import os
 import pathlib
 import shutil
@@ -140,7 +141,7 @@ def test_collect_gives_whole_arrays():
 # --- Two real processes ------------------------------------------------------
 
 
-def launch(*backend, run_dir, steps, devices, log=None):
+def launch(*backend, run_dir, steps, devices, log=None, more=()):
   """Starts a small training; every parameter is split over all devices."""
   environ = {
     **{k: v for k, v in os.environ.items() if not k.startswith('CALM_JAX')},
@@ -158,6 +159,7 @@ def launch(*backend, run_dir, steps, devices, log=None):
     '--gin.train.log_every=1',
     '--gin.train.make_mesh=@make_mesh',
     '--gin.make_mesh.fsdp=4',
+    *more,
   )
   return subprocess.Popen(
     ['bash', 'launch/run.sh', *backend, 'train', *flags],
@@ -204,6 +206,38 @@ def test_two_processes_train_what_one_does(tmp_path):
   assert 'trained from step 2' in out and 'damaged' not in out
   again = trees.flatten(run_files.read_trained(two))
   assert all(np.array_equal(again[name], second[name]) for name in second)
+
+
+def losses_of(run_dir):
+  rows = (run_dir / 'metrics.jsonl').read_text().splitlines()
+  return [json.loads(row)['train/loss'] for row in rows]
+
+
+def position_of(run_dir, step):
+  """Where the data stood when a checkpoint was written."""
+  folder = run_dir / 'checkpoints' / str(step) / 'manifest'
+  (file,) = (one for one in folder.iterdir() if 'metadata' in one.name)
+  return json.loads(file.read_text())['manifest']['data']
+
+
+@pytest.mark.entry
+@pytest.mark.slow
+def test_two_processes_read_the_streams_that_one_does(tmp_path):
+  """Each its own, out of a cache; one continues where two have stopped."""
+  one, two = tmp_path / 'one', tmp_path / 'two'
+  more = (
+    '--gin_file=tests/fixtures/cache/toy.gin',
+    "--gin.TASK_FEATURE_LENGTHS={'inputs': 12, 'targets': 16}",
+    '--gin.STREAMS=4',
+  )
+  output_of(launch('local', run_dir=one, steps=3, devices=4, more=more))
+  output_of(launch('local-mp', '2', run_dir=two, steps=2, devices=2, more=more))
+  np.testing.assert_allclose(losses_of(two), losses_of(one)[:2], rtol=1e-4)
+  assert len(position_of(two, 2)['examples']) == 4
+  assert all(position_of(two, 2)['examples'])
+  output_of(launch('local', run_dir=two, steps=3, devices=4, more=more))
+  # The schedule of two steps is another, so the third loss is too.
+  assert position_of(two, 3) == position_of(one, 3)
 
 
 def processes_of(run_dir):

@@ -28,10 +28,10 @@ with guards.Guard(
   guards.Guards(hang_seconds=0.5), pathlib.Path(sys.argv[1])
 ) as guard:
   time.sleep(1)  # the first step may take any time
-  guard.after(1, {}, {'applied': True})
+  guard.after(1, {}, {'applied': True, 'dropped_targets': 0})
   guard.rest()
   time.sleep(1)  # and so may an evaluation
-  guard.after(2, {}, {'applied': True})
+  guard.after(2, {}, {'applied': True, 'dropped_targets': 0})
   print('begins to hang', flush=True)
   def the_step_that_hangs():
     time.sleep(600)
@@ -95,7 +95,8 @@ def test_sigterm_is_told_once_and_handed_back():
 
 def test_bad_steps_are_counted_until_it_is_enough(tmp_path, capsys):
   bad = {'applied': np.False_, 'loss': np.inf, 'grad_norm': 2.0}
-  good = {'applied': np.True_}
+  bad['dropped_targets'] = 0.0
+  good = {'applied': np.True_, 'dropped_targets': 0.0}
   batch = {'decoder_input_tokens': np.arange(6).reshape(2, 3)}
   guard = guards.Guard(guards.Guards(tolerated_steps=2), tmp_path)
   with guard:

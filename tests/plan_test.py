@@ -269,7 +269,7 @@ def test_estimated_collectives_are_near_those_compiled():
 
 
 def test_the_report(capsys):
-  result = planned(config_text=lambda: 'LEARNING_RATE = 0.5')
+  result = planned(config='LEARNING_RATE = 0.5')
   text = capsys.readouterr().out
   for part in (
     'LEARNING_RATE = 0.5',
@@ -431,7 +431,7 @@ def test_a_refusal_of_the_compiler_is_read():
 def run_by_gin(files, bindings):
   entry = gin_setup.configure('plan', gin_files=files, bindings=bindings)
   return entry(
-    settings_of=gin_setup.settings_of, config_text=gin_setup.gin.config_str
+    settings_of=gin_setup.settings_of, config=gin_setup.gin.config_str()
   )
 
 

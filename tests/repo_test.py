@@ -33,12 +33,12 @@ FLOORS = (
   ' models.tensor_names models.families models.directories models.weights'
   ' models.weight_files models.export models.sizes',
   'connections cross_attention sources composed_cache lora composition',
-  'optimizers train_state batches array_batches prefetch data'
-  ' seqio_texts feature_converters checkpoints metrics flops assembly'
-  ' run_files namespaces sandbox guards profiling',
+  'optimizers train_state batches array_batches stream_batches prefetch data'
+  ' seqio_texts seqio_mixtures seqio_cache feature_converters checkpoints'
+  ' metrics flops assembly run_files namespaces sandbox guards profiling',
   'train_step sampling decoding beam_search generation scoring evaluation',
   'model run_stages api attention_maps evaluate infer train convert import_t5x'
-  ' reporting.runs reporting.scores reporting.pictures reporting.page'
+  ' cache reporting.runs reporting.scores reporting.pictures reporting.page'
   ' reporting.sections report jobs sweep planning.chips planning.traffic'
   ' planning.traced planning.layout planning.figures planning.moves plan'
   ' configurables gin_setup',
@@ -85,8 +85,10 @@ WITHIN_A_FLOOR = {
   'checkpoints': 'train_state',
   'run_files': 'metrics',
   'sandbox': 'namespaces',
-  'data': 'batches seqio_texts',
+  'data': 'batches seqio_cache seqio_mixtures seqio_texts stream_batches',
+  'seqio_mixtures': 'seqio_texts',
   'array_batches': 'batches',
+  'stream_batches': 'batches',
   'prefetch': 'batches',
   'decoding': 'sampling',
   'beam_search': 'decoding sampling',
@@ -108,7 +110,8 @@ WITHIN_A_FLOOR = {
   'report': 'attention_maps evaluate reporting.page reporting.pictures'
   ' reporting.runs reporting.scores reporting.sections',
   'sweep': 'jobs report reporting.runs reporting.scores',
-  'configurables': 'convert evaluate import_t5x infer plan report sweep train',
+  'configurables': 'cache convert evaluate import_t5x infer plan report sweep'
+  ' train',
   'gin_setup': 'configurables',
   'planning.layout': 'run_stages train',
   'planning.figures': 'planning.chips planning.layout planning.traced'
@@ -125,14 +128,21 @@ NO_FLOOR = {
   'reporting.__init__',
   'text.__init__',
 }
+SEQIO = {
+  'data',
+  'feature_converters',
+  'seqio_cache',
+  'seqio_mixtures',
+  'seqio_texts',
+}
 # Who may import a library at all, be it inside a function.
 DOORWAYS = {
   'jinja2': {'text.chat_process'},
   'gin': {'gin_setup'},
   'absl': {'gin_setup'},
   'orbax': {'checkpoints'},
-  'seqio': {'data', 'seqio_texts', 'feature_converters', 'contrib.t5x'},
-  'tensorflow': {'data', 'seqio_texts', 'feature_converters'},
+  'seqio': {*SEQIO, 'contrib.t5x'},
+  'tensorflow': SEQIO,
   't5x': {'contrib.t5x'},
   'lm_eval': {'contrib.lm_eval'},
   'qwix': {'quantization'},

@@ -63,11 +63,12 @@ def toy_batches(
   vocabulary,
   readers,
   targets_per_row,
+  needed_B,
   fail_at=None,
   nan_at=None,
   sigterm_at=None,
 ):
-  assert vocabulary.size == VOCAB
+  assert vocabulary.size == VOCAB and needed_B.shape == (batch_size,)
   rows = np.random.default_rng(0).integers(0, VOCAB, (20, 6), np.int32)
   made = array_batches.ArrayBatches(
     tiny.batch_of(rows), batch_size=batch_size, seed=seed

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import seqio
 
-from calm_jax import alignment, data, gin_setup, vocabularies
+from calm_jax import alignment, data, gin_setup, seqio_mixtures, vocabularies
 from calm_jax.tasks import code, codexglue, flores, gsm8k, mixture
 from tests import toys
 
@@ -247,7 +247,7 @@ def test_a_part_is_shuffled_anew_in_every_epoch(monkeypatch):
   """And holds each text once in each, in any size of the buffer."""
   rows = [(r['inputs'], r['targets']) for r in ENGLISH.examples('train')]
   for buffer in (10_000, 2):
-    monkeypatch.setattr(data, '_SHUFFLED', buffer)
+    monkeypatch.setattr(seqio_mixtures, '_SHUFFLED', buffer)
     orders = epochs(4) + epochs(4, seed=1)
     assert all(sorted(order) == sorted(rows) for order in orders)
     assert len({tuple(order) for order in orders}) > 5
@@ -280,9 +280,11 @@ def test_a_model_with_another_vocabulary_reads_the_texts():
 
 def test_registering_again_and_registering_another_thing():
   made = mixture.Mixture(name='toy', parts=DOMAINS['toy_math'])
-  assert data.register_mixture(made, BYTES) == 'toy'
+  assert seqio_mixtures.register_mixture(made, BYTES) == 'toy'
   known = set(seqio.TaskRegistry.names())
-  assert data.register_mixture(dataclasses.replace(made), BYTES) == 'toy'
+  assert (
+    seqio_mixtures.register_mixture(dataclasses.replace(made), BYTES) == 'toy'
+  )
   assert set(seqio.TaskRegistry.names()) == known
   assert data.task_vocabulary('toy') is BYTES
   assert seqio.MixtureRegistry.get('toy').output_features['targets'].add_eos
@@ -296,10 +298,10 @@ def test_registering_again_and_registering_another_thing():
   ):
     other = mixture.Mixture(name='toy', parts=parts)
     with pytest.raises(ValueError, match="by the name 'toy'.*another name"):
-      data.register_mixture(other, vocabulary)
+      seqio_mixtures.register_mixture(other, vocabulary)
   task = mixture.Mixture(name='toy.part0', parts=made.parts)
   with pytest.raises(ValueError, match="by the name 'toy.part0'"):
-    data.register_mixture(task, BYTES)
+    seqio_mixtures.register_mixture(task, BYTES)
 
 
 def test_files_are_missed_before_a_run_begins(tmp_path):
