@@ -16,6 +16,7 @@ import seqio
 import tensorflow as tf
 
 from calm_jax import cache, gin_setup
+import calm_jax.tasks.key_value  # noqa: F401, so that its tasks are left alone
 
 ROOT = pathlib.Path(__file__).parent.parent
 CACHED = ROOT / 'tests' / 'fixtures' / 'cache' / 'cached'
