@@ -155,7 +155,13 @@ def loss_curves(
   _plain_ticks(axes.yaxis)
   axes.set_xlabel('step')
   axes.set_ylabel('training loss (nats per target token)')
-  figure.legend(frameon=False, fontsize=9, ncols=4, loc='outside upper left')
+  longest = max(map(len, columns), default=0)
+  figure.legend(
+    frameon=False,
+    fontsize=9,
+    ncols=max(1, int(WIDTH / (0.9 + 0.07 * longest))),
+    loc='outside upper left',
+  )
   return figure
 
 
@@ -300,8 +306,11 @@ def _bare(*all_axes: Any) -> None:
 
 
 def _plain_ticks(axis: Any) -> None:
-  """Writes 0.5 and 2, not powers of ten."""
+  """Writes 0.5 and 2 on a logarithmic axis, not powers of ten."""
   from matplotlib import ticker
 
+  low, high = axis.get_view_interval()
+  subs = (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)
+  axis.set_major_locator(ticker.LogLocator(subs=subs))
+  axis.set_minor_locator(ticker.NullLocator())
   axis.set_major_formatter(ticker.FormatStrFormatter('%g'))
-  axis.set_minor_formatter(ticker.FormatStrFormatter('%g'))
