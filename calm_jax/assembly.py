@@ -98,12 +98,7 @@ def build_tower(
   stack: Literal['loop', 'scan'] = 'loop',
   kernel: kernels.Kernel = 'xla',
 ) -> transformer.Tower:
-  """Builds the decoder or encoder of a configuration.
-
-  Raises:
-    ValueError: if the attention kernel does not run here.
-  """
-  kernels.check_backend(kernel, jax.default_backend())
+  """Builds the decoder or encoder of a configuration."""
   is_encoder = config.attention == 'bidirectional'
   tower = encoder.EncoderLM if is_encoder else transformer.DecoderLM
   return tower(config, stack=stack, kernel=kernel)
@@ -204,7 +199,13 @@ def load(
 
 
 def places_of(spec: ModelSpec, model: transformer.Tower, mesh: Mesh) -> Any:
-  """Returns where a model's parameters go; all of them can go there."""
+  """Returns where a model's parameters go; all of them can go there.
+
+  Raises:
+    ValueError: if they cannot be split so, or the model's attention kernel does
+      not run on these devices.
+  """
+  kernels.check_backend(spec.attention_kernel, mesh.devices.flat[0].platform)
   boxed = jax.eval_shape(model.init_params, jax.random.key(0))
   rules = sharding.rules_of(spec.axis_rules)
   places = sharding.param_shardings(boxed, mesh, rules)

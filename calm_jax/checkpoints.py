@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -91,7 +92,7 @@ class Checkpoints:
       'step': step,
     }
     with self._told(step):
-      self._manager.save(
+      is_saved = self._manager.save(
         step,
         args=ocp.args.Composite(
           state=ocp.args.StandardSave(trees.flatten(state)),
@@ -100,6 +101,8 @@ class Checkpoints:
           ),
         ),
       )
+      if not is_saved:
+        raise ValueError(f'Orbax would not save the step {step}')
 
   @contextlib.contextmanager
   def _told(self, step: int | None):
@@ -135,20 +138,37 @@ class Checkpoints:
     for step in reversed(steps):
       try:
         self._agree_on(step)
-        return self._restore_step(step, shapes)
-      except _OtherModelError:
-        raise
+        found = self._restore_step(step, shapes)
+      except (_OtherModelError, jax.errors.JaxRuntimeError):
+        raise  # memory that is full, or a process that is gone, is no damage
       except _DAMAGE as error:
         reason = _first_line(error)
         reasons.append(f'{step}: {reason}')
         warn(f'{self._directory / str(step)} is damaged and skipped: {reason}')
+      else:
+        self._set_aside([one for one in steps if one > step])
+        return found
     if steps:
       raise ValueError(
-        f'None of the steps {steps} in {self._directory} can be restored. Start'
-        ' again with another MODEL_DIR, or remove this folder to start afresh.'
-        f' ({"; ".join(reasons)})'
+        f'None of the steps {steps} in {self._directory} can be restored'
+        f' ({"; ".join(reasons)}). Copy them again, if you have them elsewhere;'
+        ' or start again in another MODEL_DIR.'
       )
     return None
+
+  def _set_aside(self, damaged: list[int]) -> None:
+    """Renames steps, so that those after the restored one can be saved."""
+    if not damaged:
+      return
+    if jax.process_index() == 0:
+      for step in damaged:
+        folder = self._directory / str(step)
+        kept = folder.with_name(f'{step}.damaged')
+        shutil.rmtree(kept, ignore_errors=True)
+        folder.rename(kept)
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices('damaged steps are set aside')
+    self._manager.reload()
 
   def _agree_on(self, step: int) -> None:
     """Lets process 0 read the whole step, if there are others.
@@ -166,7 +186,7 @@ class Checkpoints:
         _check_arrays(_read_on_host(folder / 'state'), _read_manifest(folder))
       except _DAMAGE as error:
         reason = _first_line(error)
-    if multihost_utils.broadcast_one_to_all(np.asarray(bool(reason))):
+    if sharding.largest(int(bool(reason))):
       raise ValueError(reason or 'process 0 has found it damaged')
 
   def _restore_step(

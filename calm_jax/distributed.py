@@ -58,8 +58,8 @@ def initialize(environ: Mapping[str, str], *, several: bool = True) -> None:
       f' {jax.process_count()}. Start this on one host, by launch/run.sh local.'
     )
   directory = environ.get(DIRECTORY)
-  mark = pathlib.Path(
-    directory or '.', f'.preflight_{jax.process_index()}_{uuid.uuid4().hex}'
+  mark = pathlib.Path(directory or '.').expanduser() / (
+    f'.preflight_{jax.process_index()}_{uuid.uuid4().hex}'
   )
   mine = {**_facts(), 'mark': mark.name if directory else None}
   if directory:

@@ -192,8 +192,13 @@ def _check_values(entry: str, used: Mapping[tuple[str, str], Any]) -> None:
           f"{shown} is required and not set. Give it: --gin.{shown}='...'."
         )
       value = _follow_macros(value)
-      is_reference = isinstance(value, gin_config.ConfigurableReference)
-      if selector != 'gin.macro' and not is_reference:
+      if selector == 'gin.macro':
+        continue
+      if isinstance(value, gin_config.ConfigurableReference):
+        value_types.check_reference(
+          target, name, shown=shown, is_called=value.evaluate
+        )
+      else:
         value_types.check(value, target, name, shown=shown)
   for called in _called(entry):
     given = used.get(('', _selector(called)), {})
@@ -208,10 +213,17 @@ def _check_values(entry: str, used: Mapping[tuple[str, str], Any]) -> None:
 
 def _follow_macros(value: Any) -> Any:
   """Returns what a macro stands for, if it stands for a plain value."""
+  seen = set()
   while (
     isinstance(value, gin_config.ConfigurableReference)
     and value.configurable.selector == 'gin.macro'
   ):
+    if value.config_key in seen:
+      raise ValueError(
+        f'The macro {value!r} stands for itself, by way of'
+        f' {sorted(scope for scope, _ in seen)}. Give one of them a value.'
+      )
+    seen.add(value.config_key)
     section = gin_config._CONFIG.get(value.config_key, {})
     if 'value' not in section:
       raise ValueError(

@@ -63,6 +63,7 @@ class Preemption:
 
   def __init__(self):
     self._is_told = False
+    self._steps = 0
     self._before: Any = None
     self._is_ours = False
 
@@ -80,10 +81,15 @@ class Preemption:
   def _tell(self, *_: Any) -> None:
     self._is_told = True
 
-  def reached(self, step: int) -> bool:
-    """Whether to save and stop after this step; the same in all processes."""
+  def reached(self) -> bool:
+    """Whether to save and stop after this step; the same in all processes.
+
+    To be asked once at each step: the service agrees on a number of steps, and
+    begins at 0 in a run that continues, too.
+    """
+    self._steps += 1
     if jax.distributed.is_initialized():
-      return multihost_utils.reached_preemption_sync_point(step)
+      return multihost_utils.reached_preemption_sync_point(self._steps)
     return self._is_told
 
 
@@ -163,7 +169,7 @@ class Guard:
       faulthandler.dump_traceback_later(
         self._guards.hang_seconds, exit=True, file=sys.__stderr__
       )
-    return self._preemption.reached(step)
+    return self._preemption.reached()
 
   def rest(self) -> None:
     """Lets anything take any time, until `after` is called again."""

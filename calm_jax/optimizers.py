@@ -45,11 +45,16 @@ class OptimizerConfig:
     for name, value in vars(self).items():
       if isinstance(value, int | float) and value < 0:
         raise ValueError(f'OptimizerConfig.{name} = {value}: it is negative.')
-    for name in ('b1', 'b2', 'final_fraction'):
-      if getattr(self, name) > 1:
+    for name in ('b1', 'b2'):
+      if getattr(self, name) >= 1:
         raise ValueError(
-          f'OptimizerConfig.{name} = {getattr(self, name)}: it is above 1.'
+          f'OptimizerConfig.{name} = {getattr(self, name)}: it must be below 1.'
         )
+    if self.final_fraction > 1 or self.clip_norm == 0:
+      raise ValueError(
+        f'OptimizerConfig.final_fraction = {self.final_fraction} must be at'
+        f' most 1, and clip_norm = {self.clip_norm} above 0, or None.'
+      )
 
   def schedule(
     self, train_steps: int, peak: float | None = None

@@ -167,7 +167,9 @@ def _verdict(
   others = [
     other.name
     for other in chips.CHIPS.values()
-    if other.memory >= needed and other.is_tpu == chip.is_tpu
+    if other.memory >= needed
+    and other.is_tpu == chip.is_tpu
+    and other is not chip
   ]
   if others:
     found.append(f'plan.chip: {" or ".join(others)}, as it is')

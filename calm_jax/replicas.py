@@ -79,7 +79,10 @@ def _sums_by_device(
 
 def _sum_of_bits(part: Array) -> Array:
   """Returns a uint32 that changes if any one number does."""
-  unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[part.dtype.itemsize]
+  if part.dtype == bool:
+    part = part.astype(jnp.uint8)
+  size = min(4, part.dtype.itemsize)  # wider numbers become two words
+  unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[size]
   words = jax.lax.bitcast_convert_type(part, unsigned).astype(jnp.uint32)
   # By an odd factor, no change of a word is lost modulo 2^32.
   factors = 2 * jnp.arange(words.size, dtype=jnp.uint32) + 1

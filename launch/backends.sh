@@ -97,8 +97,11 @@ model_dir() {
   for one in ${flags[@]+"${flags[@]}"}; do
     if [[ "$one" == --gin.MODEL_DIR=* ]]; then
       value="${one#*=}"
-      value="${value#[\"\']}"
-      value="${value%[\"\']}"
+      if [[ ! "$value" =~ ^(\"(.*)\"|\'(.*)\')$ ]]; then
+        value='' # a macro, say
+      else
+        value="${value:1:-1}"
+      fi
     fi
   done
   printf '%s' "$value"

@@ -224,6 +224,40 @@ def test_every_file_of_a_step_may_be_cut_or_lost(
   assert 4 in steps  # some of the files do matter
 
 
+def test_after_a_damaged_step_steps_are_saved_again(
+  two_steps, shapes, tmp_path
+):
+  """Before it and at it; the damaged one is kept under another name."""
+  directory = shutil.copytree(two_steps, tmp_path / 'checkpoints')
+  saved = checkpoints.Checkpoints(directory)
+  for file in files_of(directory, 7):
+    file.write_bytes(b'')
+  state, _ = saved.restore(shapes, warn=lambda text: None)
+  assert int(state.step) == 4
+  assert saved.steps() == [4]
+  for step in (5, 7):
+    saved.save(make_state(step), data_state={'examples': 10 * step})
+  saved.close()
+  assert (directory / '7.damaged').is_dir()
+  assert check_damaged(directory, shapes) == 7
+
+
+def test_a_failing_device_is_no_damage(
+  two_steps, shapes, tmp_path, monkeypatch
+):
+  directory = shutil.copytree(two_steps, tmp_path / 'checkpoints')
+
+  def full(*arguments, **settings):
+    raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory')
+
+  saved = checkpoints.Checkpoints(directory)
+  monkeypatch.setattr(saved._manager, 'restore', full)
+  with pytest.raises(jax.errors.JaxRuntimeError, match='RESOURCE_EXHAUSTED'):
+    saved.restore(shapes)
+  assert saved.steps() == [4, 7]
+  saved.close()
+
+
 def test_no_good_step_is_an_error(two_steps, shapes, tmp_path):
   directory = shutil.copytree(two_steps, tmp_path / 'checkpoints')
   for step in (4, 7):

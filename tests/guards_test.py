@@ -87,10 +87,34 @@ def test_a_hang_ends_the_process_and_shows_where_it_was(tmp_path):
 def test_sigterm_is_told_once_and_handed_back():
   before = signal.getsignal(signal.SIGTERM)
   with guards.Preemption() as preemption:
-    assert not preemption.reached(1)
+    assert not preemption.reached()
     os.kill(os.getpid(), signal.SIGTERM)
-    assert preemption.reached(2)
+    assert preemption.reached()
   assert signal.getsignal(signal.SIGTERM) == before
+
+
+SERVICE = """
+import os, pathlib, signal, socket, sys, time
+import jax
+from calm_jax import guards
+with socket.socket() as free:
+  free.bind(('127.0.0.1', 0))
+  port = free.getsockname()[1]
+jax.distributed.initialize(f'127.0.0.1:{port}', 1, 0)
+with guards.Guard(guards.Guards(), pathlib.Path(sys.argv[1])) as guard:
+  os.kill(os.getpid(), signal.SIGTERM)
+  time.sleep(3)  # the service is told now, before any step
+  good = {'applied': True, 'dropped_targets': 0}
+  print([guard.after(step, {}, good) for step in range(1001, 1004)])
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_continues_hears_sigterm_before_its_first_step(tmp_path):
+  """By JAX's service, which several processes agree through."""
+  with start(SERVICE, tmp_path) as process:
+    out, err = process.communicate(timeout=120)
+  assert 'True' in out, err
 
 
 def test_bad_steps_are_counted_until_it_is_enough(tmp_path, capsys):

@@ -51,6 +51,10 @@ MISTAKES = {
   'TASK_FEATURE_LENGTHS = {"inputs": "12", "targets": 16}': 'lengths = .*12',
   'Connection.augmenting_layer = "2"': 'Connection.augmenting_layer',
   'Guards.tolerated_steps = 1.5': 'Guards.tolerated_steps = 1.5',
+  'train.optimizer = @OptimizerConfig': 'train.optimizer .*write ..',
+  'train.make_batches = @seqio_batches()': 'train.make_batches .*leave ..',
+  'MODEL_DIR = %MODEL_DIR': 'MODEL_DIR.* stands for itself',
+  'train.profile_steps = (10,)': 'train.profile_steps',
   'StepConfig.microbatches = "2"': 'StepConfig.microbatches',
   # Values out of their range.
   'TRAIN_STEPS = 0': 'TRAIN_STEPS = 0',
@@ -69,7 +73,8 @@ MISTAKES = {
   'Guards.hang_seconds = 0.0': 'hang_seconds = 0',
   'train.log_every = 0': 'log_every = 0',
   'train.checkpoint_every = 0': 'checkpoint_every = 0',
-  'OptimizerConfig.b2 = 1.5': 'b2 = 1.5',
+  'OptimizerConfig.b2 = 1.0': 'b2 = 1.0',
+  'OptimizerConfig.clip_norm = 0.0': 'clip_norm = 0.0',
   # Layers, models and meshes that do not fit.
   'Connection.augmenting_layer = 3': 'augmenting_layer *= *3',
   'block_4/Connection.anchor_layer = 5': 'anchor_layer *= *5',

@@ -146,7 +146,12 @@ def _cudnn(
   query_BTNH, key_BSKH, value_BSKH, mask_BTS, pattern, *, scale, softcap
 ):
   del pattern, softcap  # segments need the mask, which has the windows too
-  mask_BTS, sees_BT = _opened(mask_BTS)
+  T = query_BTNH.shape[1]
+  # With a mask it takes even lengths only.
+  query_BTNH, key_BSKH, value_BSKH, mask_BTS = (
+    _pad(x, axis=1, to=2) for x in (query_BTNH, key_BSKH, value_BSKH, mask_BTS)
+  )
+  mask_BTS, sees_BT = _opened(_pad(mask_BTS, axis=2, to=2))
   out_BTNH = jax.nn.dot_product_attention(
     query_BTNH,
     key_BSKH,
@@ -155,7 +160,7 @@ def _cudnn(
     scale=scale,
     implementation='cudnn',
   )
-  return jnp.where(sees_BT[..., None, None], out_BTNH, 0)
+  return jnp.where(sees_BT[..., None, None], out_BTNH, 0)[:, :T]
 
 
 # --- Splash ------------------------------------------------------------------
@@ -204,10 +209,10 @@ def _copies(num_heads: int, num_kv_heads: int, devices: int) -> int:
   return math.lcm(num_kv_heads, devices) // num_kv_heads
 
 
-def _pad(x: Array, *, axis: int, value: Any = 0) -> Array:
+def _pad(x: Array, *, axis: int, value: Any = 0, to: int = LANES) -> Array:
   """Pads to whole blocks; of segment ids, with the padding's own, 0."""
   widths = [(0, 0)] * x.ndim
-  widths[axis] = 0, -x.shape[axis] % LANES
+  widths[axis] = 0, -x.shape[axis] % to
   return jnp.pad(x, widths, constant_values=value)
 
 

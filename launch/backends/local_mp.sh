@@ -20,8 +20,11 @@ prepare() {
   if [[ "${JAX_PLATFORMS:-}" != cpu ]] && command -v nvidia-smi > /dev/null
   then
     gpus="$(nvidia-smi -L 2> /dev/null | grep -c '^GPU ' || true)"
+    gpu_ids="${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((gpus - 1)))}"
+    IFS=, read -ra gpu_ids <<< "$gpu_ids"
+    (( gpus == 0 )) || gpus="${#gpu_ids[@]}"
     if (( gpus > 0 && gpus < count )); then
-      fail "local-mp $count: this machine has $gpus GPUs, and a process takes" \
+      fail "local-mp $count: there are $gpus GPUs here, and a process takes" \
         "one. Start $gpus, or set JAX_PLATFORMS=cpu."
     fi
   fi
@@ -49,7 +52,7 @@ run_once() {
     command=(env "${variables[@]}" "CALM_JAX_NUM_PROCESSES=$count"
       "CALM_JAX_PROCESS_ID=$i")
     if (( gpus > 0 )); then
-      command+=("CUDA_VISIBLE_DEVICES=$i")
+      command+=("CUDA_VISIBLE_DEVICES=${gpu_ids[i]}")
     else
       command+=(JAX_PLATFORMS=cpu)
     fi
