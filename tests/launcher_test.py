@@ -200,9 +200,27 @@ def test_local_mp_gives_each_process_a_gpu(stage):
   assert ' CUDA_VISIBLE_DEVICES=0 ' in printed[0]
   assert ' CUDA_VISIBLE_DEVICES=1 ' in printed[1]
   code, _, said = stage.run('local-mp', '3', *TRAIN)
-  assert code == 2 and 'has 2 GPUs' in said
+  assert code == 2 and 'there are 2 GPUs here' in said
   printed = stage.run('--dry_run', 'local-mp', '3', *TRAIN, JAX_PLATFORMS='cpu')
   assert printed[1].count(' JAX_PLATFORMS=cpu ') == 3
+
+
+def test_local_mp_keeps_to_the_gpus_it_is_given(stage):
+  stage.plan('nvidia-smi', 'echo "GPU 0: x"; echo "GPU 1: x"')
+  mine = {'CUDA_VISIBLE_DEVICES': '3,1'}
+  run = stage.run('local-mp', '--dry_run', '2', *TRAIN, **mine)
+  printed = run[1].splitlines()
+  assert ' CUDA_VISIBLE_DEVICES=3 ' in printed[0]
+  assert ' CUDA_VISIBLE_DEVICES=1 ' in printed[1]
+  code, _, said = stage.run('local-mp', '3', *TRAIN, **mine)
+  assert code == 2 and 'there are 2 GPUs here' in said
+
+
+def test_a_macro_is_no_directory(stage):
+  code, printed, _ = stage.run(
+    'local-mp', '--dry_run', '2', 'train', '--gin.MODEL_DIR=%OUT'
+  )
+  assert code == 0 and 'CALM_JAX_DIRECTORY' not in printed
 
 
 def test_a_worker_that_fails_ends_the_others(stage):
