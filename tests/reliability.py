@@ -270,7 +270,7 @@ def composition_bits(folder: pathlib.Path, count: int = 200) -> str:
     except ValueError:
       refused += 1
     else:
-      claim(found.values() == expected.values(), 'other numbers were read')
+      claim(found == expected, 'other numbers were read')
   return f'0 of {count} loaded wrong: {refused} refused'
 
 
