@@ -55,21 +55,25 @@ def s3():
 def gs():
   """A bucket of an emulator of Google's storage."""
   server = pytest.importorskip('gcp_storage_emulator.server')
-  pytest.importorskip('gcsfs')
   port = free_port()
-  server = server.create_server(
-    '127.0.0.1', port, in_memory=True, default_bucket='bucket'
-  )
-  server.start()
   with pytest.MonkeyPatch.context() as patch:
     for name in ('STORAGE_EMULATOR_HOST', 'TENSORSTORE_GCS_HTTP_URL'):
       patch.setenv(name, f'http://127.0.0.1:{port}')
     patch.setenv('GOOGLE_CLOUD_PROJECT', 'dummy')
-    patch.setenv('NO_GCE_CHECK', 'true')  # nobody asks who this machine is
-    patch.setenv('GCE_METADATA_ROOT', '127.0.0.1:1')
     patch.setenv('EPATH_USE_TF', '0')
+    # Nobody asks who this machine is, nor, on import, of what kind buckets are.
+    patch.setenv('NO_GCE_CHECK', 'true')
+    patch.setenv('GCE_METADATA_ROOT', '127.0.0.1:1')
+    patch.setenv('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
+    pytest.importorskip('gcsfs')
+    config = importlib.import_module('fsspec.config').conf
+    patch.setitem(config, 'gcs', {'token': 'anon'})
+    server = server.create_server(
+      '127.0.0.1', port, in_memory=True, default_bucket='bucket'
+    )
+    server.start()
     yield paths.of('gs://bucket')
-  server.stop()
+    server.stop()
 
 
 @pytest.fixture(params=['s3', 'gs'])
