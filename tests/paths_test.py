@@ -12,6 +12,7 @@ import pathlib
 import socket
 
 import jax
+import numpy as np
 import pytest
 
 from calm_jax import (
@@ -164,3 +165,46 @@ def test_a_stopped_run_goes_on_in_a_bucket(bucket, whole, capfd, monkeypatch):
 
 def rows_of(directory):
   return (directory / 'metrics.jsonl').read_text().splitlines()
+
+
+@pytest.mark.entry
+@pytest.mark.slow
+def test_a_step_that_was_not_copied_whole_is_not_read(s3, capfd):
+  directory = s3 / 'broken'
+  toy_run.run(directory, **SETTINGS)
+  kept = {one.name for one in (directory / 'checkpoints').iterdir()}
+  assert kept == {'4', '6'}
+  (directory / 'checkpoints' / '6' / '_CHECKPOINT_METADATA').unlink()
+  toy_run.run(directory, **SETTINGS, keep_checkpoints=1)
+  assert 'trained from step 4' in capfd.readouterr().out
+  # One is kept, and the rows after step 4 are there once.
+  kept = {one.name for one in (directory / 'checkpoints').iterdir()}
+  assert kept == {'6'}
+  steps = [json.loads(row)['step'] for row in rows_of(directory)]
+  assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_refused_batches_go_to_the_bucket(bucket, tmp_path):
+  bad = {'applied': np.False_, 'loss': np.inf, 'grad_norm': 2.0}
+  bad['dropped_targets'] = 0.0
+  guard = guards.Guard(guards.Guards(tolerated_steps=2), bucket / 'refused')
+  with guard:
+    guard.after(5, {'tokens': np.arange(6).reshape(2, 3)}, bad)
+    guard.look()
+  paths.copy(bucket / 'refused' / 'refused_batches', tmp_path)
+  found = np.load(tmp_path / '5.npz')
+  assert found['tokens'].tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_a_bucket_that_is_not_there_is_refused(s3):
+  with pytest.raises(ValueError, match='s3://nobody/run cannot be written'):
+    with guards.only_run(paths.of('s3://nobody/run')):
+      pass
+
+
+def test_a_file_is_written_whole(bucket, tmp_path):
+  for folder in (bucket, tmp_path):
+    for text in ('one', 'two'):
+      paths.write_whole(folder / 'x.json', text)
+      assert (folder / 'x.json').read_text() == text
+  assert [one.name for one in tmp_path.iterdir()] == ['x.json']
