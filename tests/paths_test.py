@@ -16,12 +16,15 @@ import numpy as np
 import pytest
 
 from calm_jax import (
+  evaluate,
+  evaluation,
   guards,
   paths,
   profiling,
   run_files,
 )
-from tests import reliability, toy_run
+from calm_jax.models import pretrained
+from tests import reliability, toy_run, toys
 
 SETTINGS = {'train_steps': 6, 'checkpoint_every': 4}
 
@@ -161,6 +164,57 @@ def test_a_stopped_run_goes_on_in_a_bucket(bucket, whole, capfd, monkeypatch):
   assert toy_run.digests_of(directory) == toy_run.digests_of(whole)
   # Nothing went astray to a folder that is called as the scheme is.
   assert not pathlib.Path(f'{bucket.parts[1]}:').exists()
+
+
+class Echo:
+  """A task that counts what was answered."""
+
+  name, splits, eval_splits = 'echo', ('test',), ('test',)
+  max_new_tokens, stop = 2, ()
+
+  def examples(self, split):
+    return [{'inputs': 'ab', 'targets': 'b'}]
+
+  def prediction(self, text, example):
+    return text
+
+  def metrics(self, examples, predictions):
+    return {'answers': len(predictions)}
+
+
+@pytest.mark.entry
+@pytest.mark.slow
+def test_a_run_in_a_bucket_is_evaluated_and_saved_again(bucket, whole):
+  directory = bucket / 'shared'
+  paths.copy(whole, directory)
+  describe = lambda config: pretrained.ModelSpec(
+    config=config, vocabulary=toys.vocabulary(toy_run.VOCAB)
+  )
+  specs = {
+    'anchor': describe(toy_run.ANCHOR),
+    'augmenting': {'code': describe(toy_run.AUGMENTING)},
+  }
+  found = evaluate.evaluate(
+    model_dir=str(directory),
+    evaluator=evaluation.Evaluator(tasks=[Echo()]),
+    systems=['composed'],
+    **specs,
+  )
+  results = json.loads((directory / 'eval' / 'results.json').read_text())
+  assert results == found
+  place = directory / 'eval' / 'echo' / 'test' / 'composed'
+  assert json.loads((place / 'metrics.json').read_text())['answers'] == 1
+  (row,) = (place / 'predictions.jsonl').read_text().splitlines()
+  assert json.loads(row)['targets'] == 'b'
+  systems = evaluate.load_systems(
+    model_dir=str(directory), systems=['composed'], **specs
+  )
+  systems['composed'].save(str(bucket / 'saved'))
+  assert toy_run.digests_of(bucket / 'saved') == toy_run.digests_of(whole)
+  with pytest.raises(ValueError, match=f'{bucket}/x holds no calm_config.json'):
+    evaluate.load_systems(
+      model_dir=f'{bucket}/x', systems=['composed'], **specs
+    )
 
 
 def rows_of(directory):
