@@ -19,6 +19,7 @@ from calm_jax import (
   evaluate,
   evaluation,
   guards,
+  metrics,
   paths,
   profiling,
   run_files,
@@ -145,7 +146,9 @@ def test_a_trace_does_not_go_to_a_bucket():
 @pytest.mark.slow
 def test_a_stopped_run_goes_on_in_a_bucket(bucket, whole, capfd, monkeypatch):
   directory = bucket / 'run'
-  with pytest.raises(SystemExit) as stopped:
+  # As if it were killed once the step is saved: the log is not closed.
+  with pytest.raises(SystemExit) as stopped, monkeypatch.context() as patch:
+    patch.setattr(metrics.Log, 'close', lambda log: None)
     toy_run.run(directory, sigterm_at=3, **SETTINGS)
   assert stopped.value.code == guards.PREEMPTED
   begun = [json.loads(row)['step'] for row in rows_of(directory)]
