@@ -37,6 +37,7 @@ setuptools.setup(
   },
   install_requires=[
     'absl-py',
+    'etils[epath]',
     'flax',
     'gin-config',
     'jax',
@@ -73,6 +74,9 @@ setuptools.setup(
       'torch',
       'transformers',
     ],
+    # MODEL_DIR in a bucket: gs://..., s3://...
+    'gcs': ['gcsfs'],
+    's3': ['s3fs'],
     'hub': ['huggingface_hub'],  # load_pretrained('owner/name')
     'lm_eval': ['lm_eval'],  # calm_jax.contrib.lm_eval
     'quantized': ['qwix'],  # QuantizationConfig

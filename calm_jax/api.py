@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from calm_jax import (
   assembly,
+  paths,
   run_files,
   sharding,
   trees,
@@ -137,7 +138,7 @@ def load_composition(
   Raises:
     ValueError: if a fingerprint differs, or the tensors do not fit.
   """
-  directory = pathlib.Path(directory).expanduser()
+  directory = paths.of(directory)
   config, expected = run_files.read_config(directory)
   actual = {'anchor': anchor.fingerprint}
   actual |= {name: model.fingerprint for name, model in augmenting.items()}
@@ -155,7 +156,7 @@ def load_lora(directory: str | pathlib.Path, *, anchor: Model) -> Model:
   Raises:
     ValueError: if the fingerprint differs, or the tensors do not fit.
   """
-  directory = pathlib.Path(directory).expanduser()
+  directory = paths.of(directory)
   config, expected = run_files.read_lora(directory)
   run_files.check_fingerprints(
     expected, {'anchor': anchor.fingerprint}, where=directory

@@ -4,6 +4,9 @@ Orbax commits a step atomically, but does not notice a flipped bit. So every
 step also holds the SHA-256 of each array, checked on restore; a step that fails
 is named, and the newest good one is taken instead.
 
+Orbax writes to this machine and to gs://, and no arrays to s3://. There a step
+is written to a temporary folder, and copied when it is committed.
+
 Restore order of a run: (1) the newest good step in MODEL_DIR/checkpoints,
 (2) a fresh state. Frozen weights always come from their own directories.
 """
@@ -14,7 +17,7 @@ import hashlib
 import json
 import logging
 import pathlib
-import shutil
+import tempfile
 from typing import Any
 
 import jax
@@ -22,7 +25,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 import orbax.checkpoint as ocp
 
-from calm_jax import replicas, sharding, trees
+from calm_jax import paths, replicas, sharding, trees
 from calm_jax.train_state import TrainState
 
 # A damaged step shows itself through any of these, depending on what was hit.
@@ -35,6 +38,8 @@ _DAMAGE = (
   RuntimeError,
   EOFError,
 )
+# Orbax writes it into every step; in a bucket it is the last that is copied.
+_LAST = '_CHECKPOINT_METADATA'
 
 
 class _OtherModelError(ValueError):
@@ -58,11 +63,16 @@ class Checkpoints:
       raise ValueError(f'keep_checkpoints = {keep}: it must be at least 1.')
     # Orbax logs every phase of every save at the level of warnings and info.
     logging.getLogger('absl').setLevel(logging.ERROR)
-    self._directory = pathlib.Path(directory).absolute()
+    self._directory = self._here = _absolute(directory)
+    self._copied = None
+    if str(directory).startswith('s3://'):
+      self._copied = tempfile.TemporaryDirectory(prefix='calm_jax_')
+      self._here = pathlib.Path(self._copied.name)
+      _download(self._directory, self._here)
     self._manager = ocp.CheckpointManager(
-      self._directory,
+      self._here,
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep, enable_async_checkpointing=True
+        max_to_keep=keep, enable_async_checkpointing=not self._copied
       ),
     )
 
@@ -71,7 +81,7 @@ class Checkpoints:
     return sorted(self._manager.all_steps())
 
   def save(self, state: TrainState, *, data_state: dict[str, Any]) -> None:
-    """Saves a step in the background.
+    """Saves a step in the background; to s3:// before it returns.
 
     Args:
       state: on any mesh.
@@ -103,6 +113,8 @@ class Checkpoints:
       )
       if not is_saved:
         raise ValueError(f'Orbax would not save the step {step}')
+      if self._copied:
+        _upload(self._here, self._directory, step, self.steps())
 
   @contextlib.contextmanager
   def _told(self, step: int | None):
@@ -162,9 +174,10 @@ class Checkpoints:
       return
     if jax.process_index() == 0:
       for step in damaged:
-        folder = self._directory / str(step)
+        folder = self._here / str(step)
         kept = folder.with_name(f'{step}.damaged')
-        shutil.rmtree(kept, ignore_errors=True)
+        while kept.exists():
+          kept = kept.with_name(f'{kept.name}.1')
         folder.rename(kept)
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices('damaged steps are set aside')
@@ -181,7 +194,7 @@ class Checkpoints:
       return
     reason = ''
     if jax.process_index() == 0:
-      folder = self._directory / str(step)
+      folder = self._here / str(step)
       try:
         _check_arrays(_read_on_host(folder / 'state'), _read_manifest(folder))
       except _DAMAGE as error:
@@ -192,7 +205,7 @@ class Checkpoints:
   def _restore_step(
     self, step: int, shapes: TrainState
   ) -> tuple[TrainState, dict[str, Any]]:
-    manifest = _read_manifest(self._directory / str(step))
+    manifest = _read_manifest(self._here / str(step))
     saved, wanted = manifest['shapes'], _shapes(shapes)
     if saved != wanted:
       raise _OtherModelError(
@@ -217,6 +230,8 @@ class Checkpoints:
     """Waits as `wait` does, and lets go of the directory."""
     with self._told(None):
       self._manager.close()
+    if self._copied:
+      self._copied.cleanup()
 
 
 def read_tree(directory: pathlib.Path, entry: str) -> dict[str, Any]:
@@ -233,7 +248,7 @@ def read_tree(directory: pathlib.Path, entry: str) -> dict[str, Any]:
     ValueError: if it cannot be read, or has no such entry.
   """
   logging.getLogger('absl').setLevel(logging.ERROR)
-  directory = pathlib.Path(directory).absolute()
+  directory = _absolute(directory)
   try:
     return _read_on_host(directory, entry)[entry]
   except _DAMAGE as error:
@@ -242,6 +257,31 @@ def read_tree(directory: pathlib.Path, entry: str) -> dict[str, Any]:
       f' {entry!r} ({_first_line(error)}). Copy it again from where it came'
       ' from.'
     ) from error
+
+
+def _absolute(directory: pathlib.Path) -> pathlib.Path:
+  return directory if paths.is_remote(directory) else directory.absolute()
+
+
+def _download(directory: pathlib.Path, here: pathlib.Path) -> None:
+  """Copies all whole steps from a bucket."""
+  for step in directory.iterdir() if directory.exists() else ():
+    if (step / _LAST).exists():
+      paths.copy(step, here / step.name)
+
+
+def _upload(
+  here: pathlib.Path, directory: pathlib.Path, step: int, kept: list[int]
+) -> None:
+  """Copies a committed step to a bucket, and removes what is not kept."""
+  target = directory / str(step)
+  target.rmtree(missing_ok=True)
+  parts = (here / str(step)).iterdir()
+  for part in sorted(parts, key=lambda part: part.name == _LAST):
+    paths.copy(part, target / part.name)
+  for old in directory.iterdir():
+    if old.name not in map(str, kept):
+      old.rmtree()
 
 
 def _read_on_host(

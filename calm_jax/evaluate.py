@@ -10,7 +10,7 @@ import json
 import pathlib
 import sys
 
-from calm_jax import api, evaluation, run_files, sharding
+from calm_jax import api, evaluation, paths, run_files, sharding
 from calm_jax.model import Model
 from calm_jax.models import pretrained
 from calm_jax.models.pretrained import ModelSpec
@@ -45,7 +45,7 @@ def load_systems(
   unknown = [name for name in systems if name not in allowed]
   if unknown:
     raise ValueError(f'Unknown systems {unknown}; choose from {allowed}.')
-  directory = pathlib.Path(model_dir).expanduser()
+  directory = paths.of(model_dir)
   composed = {'composed', 'disconnected'} & set(systems)
   if composed:
     run_files.check_models(directory, {'anchor': anchor, **augmenting})
@@ -83,6 +83,11 @@ def _finetuned(directory: pathlib.Path, anchor: ModelSpec) -> ModelSpec:
       f"{directory} holds no model: 'finetuned' is what a run with trainable ="
       " 'anchor' leaves when it has ended."
     )
+  if paths.is_remote(path):
+    raise ValueError(
+      f"{path}: 'finetuned' is read from this machine only. Copy {directory}"
+      ' here, and give the copy as MODEL_DIR.'
+    )
   spec = pretrained.pretrained_model(path)
   return dataclasses.replace(spec, config=anchor.config)
 
@@ -112,7 +117,7 @@ def evaluate(
     Metrics by system and 'task/split'; also written to `eval/results.json`,
     beside those of systems evaluated before.
   """
-  directory = pathlib.Path(model_dir).expanduser() / 'eval'
+  directory = paths.of(model_dir) / 'eval'
   evaluator.check()
   models = load_systems(
     model_dir=model_dir,
@@ -131,9 +136,7 @@ def evaluate(
       model.decode, directory=directory, label=system, say=_say
     )
     results[system] = {**results.get(system, {}), **measured}
-  temporary = file.with_suffix('.tmp')  # whole or not at all
-  temporary.write_text(json.dumps(results, indent=2) + '\n')
-  temporary.replace(file)
+  paths.write_whole(file, json.dumps(results, indent=2) + '\n')
   return {system: results[system] for system in models}
 
 

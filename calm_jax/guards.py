@@ -21,6 +21,8 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+from calm_jax import paths
+
 PREEMPTED = 75
 LOCK_FILE = 'run.lock'
 
@@ -29,10 +31,30 @@ LOCK_FILE = 'run.lock'
 def only_run(directory: pathlib.Path):
   """Holds a directory for this process; the kernel lets go when it ends.
 
+  Nothing holds a folder in a bucket; there it only says who has it.
+
   Raises:
-    ValueError: if another process holds it.
+    ValueError: if another process holds it, or nothing can be written there.
   """
+  if jax.process_count() > 1 and str(directory).startswith('s3://'):
+    raise ValueError(
+      f'{directory}: Orbax writes no arrays to s3://, and a run of'
+      f' {jax.process_count()} processes cannot do it for them. Take gs://, or'
+      ' a file system that all of them mount.'
+    )
   if jax.process_index():
+    yield
+    return
+  me = f'process {os.getpid()} on {socket.gethostname()}\n'
+  if paths.is_remote(directory):
+    print(f'warning: {directory} cannot be locked: it is remote.', flush=True)
+    try:
+      (directory / LOCK_FILE).write_text(me)
+    except Exception as error:  # each service has its own kinds
+      raise ValueError(
+        f'{directory} cannot be written ({error or type(error).__name__}). Look'
+        ' whether there is such a bucket, and whose credentials are used.'
+      ) from error
     yield
     return
   directory.mkdir(parents=True, exist_ok=True)
@@ -49,7 +71,7 @@ def only_run(directory: pathlib.Path):
     except OSError as error:  # a file system without locks
       print(f'warning: {directory} cannot be locked ({error}).', flush=True)
     file.truncate(0)
-    file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
+    file.write(me)
     file.flush()
     yield
 
@@ -197,7 +219,8 @@ class Guard:
     )
     if jax.process_index() == 0:
       self._folder.mkdir(parents=True, exist_ok=True)
-      np.savez(file, **batch)
+      with paths.to_write(file) as here:
+        np.savez(here, **batch)
       print(f'warning: {found}', flush=True)
     if self.refused >= self._guards.tolerated_steps:
       raise FloatingPointError(

@@ -4,13 +4,14 @@ from collections.abc import Callable, Mapping
 import contextlib
 import json
 import pathlib
+import tempfile
 import time
 from typing import Any, TextIO
 
 import jax
 import numpy as np
 
-from calm_jax import trees
+from calm_jax import paths, trees
 from calm_jax.array_types import Batch, Params
 from calm_jax.composition import ComposedLM
 from calm_jax.connections import EMBEDDING
@@ -112,6 +113,9 @@ class Log:
   ):
     """Opens the files; drops what was logged after the restored step.
 
+    To a bucket nothing can be appended: there the rows are kept in a temporary
+    file until `flush` copies it, and TensorBoard has none.
+
     Args:
       directory: MODEL_DIR.
       steps: those already made, and those in the whole run.
@@ -124,14 +128,24 @@ class Log:
     self._schedule, self._step_flops = schedule, step_flops
     self._peak = peak_flops()
     self._file: TextIO | None = None
-    if jax.process_index() == 0:
-      import tensorboardX  # imports torch, where that is installed
+    self._board: Any = None
+    if jax.process_index():
+      return
+    self._place = directory / 'metrics.jsonl'
+    kept = _rows_until(self._place, steps[0])
+    if paths.is_remote(directory):
+      print(f'{directory} is remote: no TensorBoard events.', flush=True)
+      self._file = tempfile.NamedTemporaryFile('w+', prefix='calm_jax_')
+      self._file.write(kept)
+      return
+    import tensorboardX  # imports torch, where that is installed
 
-      directory.mkdir(parents=True, exist_ok=True)
-      self._file = _reopen(directory / 'metrics.jsonl', steps[0])
-      self._board = tensorboardX.SummaryWriter(
-        str(directory / 'tensorboard'), purge_step=steps[0] + 1
-      )
+    directory.mkdir(parents=True, exist_ok=True)
+    paths.write_whole(self._place, kept)
+    self._file = self._place.open('a')
+    self._board = tensorboardX.SummaryWriter(
+      str(directory / 'tensorboard'), purge_step=steps[0] + 1
+    )
 
   def start(
     self, batch: Batch, wait_seconds: float, *, after: Any = None
@@ -202,9 +216,20 @@ class Log:
       if not isinstance(value, str)
     }
     self._store(step, values)
+    self.flush()
+
+  def flush(self) -> None:
+    """Copies the rows to a remote directory; elsewhere they are there."""
+    if self._file is not None and paths.is_remote(self._place):
+
+      def copy():
+        self._file.flush()
+        paths.copy(pathlib.Path(self._file.name), self._place)
+
+      self._attempt(copy, 'metrics.jsonl')
 
   def _store(self, step: int, values: Mapping[str, Any]) -> None:
-    """Writes a row; what cannot be written is told, and stops no run."""
+    """Writes a row, wherever rows go."""
 
     def write_row():
       self._file.write(json.dumps({'step': step, **values}) + '\n')
@@ -214,19 +239,22 @@ class Log:
       for name, value in values.items():
         self._board.add_scalar(name, value, step)
 
-    for write, what in (
-      (write_row, 'metrics.jsonl'),
-      (write_scalars, 'TensorBoard'),
-    ):
-      try:
-        write()
-      # Whatever a logger dies of, the training is worth more.
-      except Exception as error:
-        if what not in self._failed:
-          print(f'warning: {what} cannot be written: {error}', flush=True)
-        self._failed.add(what)
+    self._attempt(write_row, 'metrics.jsonl')
+    if self._board is not None:
+      self._attempt(write_scalars, 'TensorBoard')
+
+  def _attempt(self, write: Callable[[], None], what: str) -> None:
+    """Lets something be written; a failure is told once, and stops no run."""
+    try:
+      write()
+    # Whatever a logger dies of, the training is worth more.
+    except Exception as error:
+      if what not in self._failed:
+        print(f'warning: {what} cannot be written: {error}', flush=True)
+      self._failed.add(what)
 
   def close(self) -> None:
+    self.flush()
     if self._file is not None:
       with contextlib.suppress(Exception):  # it could not be written before
         self._file.close()
@@ -268,8 +296,8 @@ class Log:
     return ' | '.join(parts)
 
 
-def _reopen(path: pathlib.Path, last_step: int) -> TextIO:
-  """Opens a JSONL file for appending, cut to the rows up to `last_step`."""
+def _rows_until(path: pathlib.Path, last_step: int) -> str:
+  """Returns the rows of a JSONL file up to `last_step`."""
   kept = []
   for line in path.read_text().splitlines() if path.exists() else []:
     try:
@@ -278,10 +306,7 @@ def _reopen(path: pathlib.Path, last_step: int) -> TextIO:
       continue
     if row['step'] <= last_step:
       kept.append(line + '\n')
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(''.join(kept))
-  temporary.replace(path)
-  return path.open('a')
+  return ''.join(kept)
 
 
 def _clock(seconds: float) -> str:

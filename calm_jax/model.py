@@ -17,6 +17,7 @@ from calm_jax import (
   decoding,
   generation,
   metrics,
+  paths,
   run_files,
   scoring,
   vocabularies,
@@ -298,7 +299,7 @@ class Model:
       raise ValueError(
         'This model has no composition; there is nothing to save.'
       )
-    directory = pathlib.Path(directory)
+    directory = paths.of(directory)
     run_files.write_config(directory, self.composed, self.fingerprints)
     run_files.write_trained(directory, self.params['composition'])
     run_files.write_card(directory, self.composed, self.fingerprints)

@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+from calm_jax import paths
+
 
 class Profiler:
   """Stands beside the loop of one run, and traces the steps that are named.
@@ -28,7 +30,7 @@ class Profiler:
       train_steps: of the whole run.
 
     Raises:
-      ValueError: if there are no such steps.
+      ValueError: if there are no such steps, or it would go to a bucket.
     """
     self._directory, self._is_on = directory / 'profile', False
     self._first, self._last = steps or (0, 0)
@@ -37,6 +39,11 @@ class Profiler:
         f'profile_steps = {tuple(steps)}: the first and the last step that are'
         f' traced, of 1 to TRAIN_STEPS = {train_steps}. The first of all'
         ' compiles; (10, 13) is a good choice.'
+      )
+    if steps and paths.is_remote(directory):
+      raise ValueError(
+        f'profile_steps = {tuple(steps)}: a trace cannot be written to'
+        f' {directory}. Trace a short run with a MODEL_DIR of this machine.'
       )
 
   def run(self, step: int, function: Callable[..., Any], *args: Any) -> Any:

@@ -9,7 +9,7 @@ import json
 import pathlib
 from typing import Any
 
-from calm_jax import metrics, trees
+from calm_jax import metrics, paths, trees
 from calm_jax.array_types import Params
 from calm_jax.composition import ComposedLM
 from calm_jax.connections import CompositionConfig, Connection, LayerMapping
@@ -82,9 +82,8 @@ def write_config(
   content['fingerprints'] = dict(fingerprints)
   directory.mkdir(parents=True, exist_ok=True)
   # At once: other processes of the run look whether it is there.
-  temporary = directory / f'{CONFIG_FILE}.tmp'
-  temporary.write_text(json.dumps(content, indent=2) + '\n')
-  temporary.replace(directory / CONFIG_FILE)
+  text = json.dumps(content, indent=2) + '\n'
+  paths.write_whole(directory / CONFIG_FILE, text)
 
 
 def read_config(

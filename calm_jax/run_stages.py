@@ -16,6 +16,7 @@ from calm_jax import (
   evaluation,
   guards,
   metrics,
+  paths,
   run_files,
   sharding,
   train_state,
@@ -187,6 +188,17 @@ def position(feed: Prefetcher) -> dict:
   return state if num_streams(state) == 1 else sharding.largest(state)
 
 
+def save(
+  saved: checkpoints.Checkpoints,
+  log: metrics.Log,
+  state: train_state.TrainState,
+  feed: Prefetcher,
+) -> None:
+  """Saves a step, and before it what was logged until there."""
+  log.flush()
+  saved.save(state, data_state=position(feed))
+
+
 def start(
   model: ComposedLM, anchor: ModelSpec, trainable: str, mesh: Mesh, seed: int
 ) -> Params:
@@ -253,9 +265,10 @@ def export_trained(
     fingerprints = run_files.read_fingerprints(directory)
     run_files.write_card(directory, model, fingerprints)
     return
-  export.write_as_it_came(
-    directory / 'model',
-    spec=anchor,
-    params=as_loop(trained['anchor']),
-    storage_dtype=export_dtype,
-  )
+  with paths.to_write(directory / 'model') as folder:
+    export.write_as_it_came(
+      folder,
+      spec=anchor,
+      params=as_loop(trained['anchor']),
+      storage_dtype=export_dtype,
+    )

@@ -20,6 +20,7 @@ from calm_jax import (
   flops,
   metrics,
   optimizers,
+  paths,
   profiling,
   sharding,
   train_state,
@@ -97,7 +98,7 @@ def train(
     SystemExit: with `guards.PREEMPTED`, when told by SIGTERM, and saved.
   """
   # --- Check and describe, without allocating -------------------------------
-  directory = pathlib.Path(model_dir).expanduser()
+  directory = paths.of(model_dir)
   model, kept = assembly.build_trained(
     trainable,
     anchor,
@@ -173,7 +174,7 @@ def train(
           log.write(step, measured, **feed.report())
         if must_stop or is_due(step, checkpoint_every):
           guard.look()  # never save a broken state
-          saved.save(state, data_state=stages.position(feed))
+          stages.save(saved, log, state, feed)
         if must_stop:
           stages.stop(saved, step)
         if evaluator.tasks and is_due(step, evaluator.every):

@@ -91,7 +91,7 @@ no_more_options() {
   (( ${#rest[@]} == 0 )) || fail "unknown option ${rest[0]}"
 }
 
-# Prints the MODEL_DIR among the flags, if it is a plain string.
+# Prints the MODEL_DIR among the flags, if it is a plain string, and no bucket.
 model_dir() {
   local one value=''
   for one in ${flags[@]+"${flags[@]}"}; do
@@ -104,7 +104,7 @@ model_dir() {
       fi
     fi
   done
-  printf '%s' "$value"
+  [[ "$value" == *://* ]] || printf '%s' "$value"
 }
 
 # Preflight on this machine: fails unless MODEL_DIR can be written.

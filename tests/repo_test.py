@@ -20,7 +20,7 @@ PACKAGE = ROOT / 'calm_jax'
 
 # A module imports from lower floors; the table below allows the few others.
 FLOORS = (
-  'array_types trees hlo value_types',
+  'array_types trees hlo value_types paths',
   'masks losses chunked_loss embedding_noise sharding distributed replicas'
   ' quantization vocabularies text.files text.settings text.added_tokens'
   ' text.ends text.chat_process text.chat_templates text.base'

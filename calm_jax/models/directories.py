@@ -10,6 +10,7 @@ import pathlib
 import re
 from typing import Any
 
+from calm_jax import paths
 from calm_jax.text import files
 
 CONFIG_FILE = 'config.json'
@@ -128,6 +129,8 @@ def check_contained(
     file: that may be a link.
     directory: of the model; that of the file if None.
   """
+  if paths.is_remote(file):  # there are no links in a bucket
+    return
   folder, real = (directory or file.parent).resolve(), file.resolve()
   allowed = [folder]
   model = folder.parent.parent
@@ -148,7 +151,9 @@ def read_json(file: pathlib.Path, *, limit: int = MAX_JSON) -> dict[str, Any]:
     limit: how many bytes it may have.
   """
   check_contained(file)
-  return files.parse_json(files.read_text(file, limit=limit), file)
+  with paths.to_read(file) as here:
+    text = files.read_text(here, limit=limit)
+  return files.parse_json(text, file)
 
 
 def dump_json(content: Any, *, indent: int | None = 2) -> str:

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from calm_jax import paths
 from calm_jax.models import directories, weights
 from calm_jax.models.weights import Index, Tensor
 from calm_jax.text import files
@@ -116,12 +117,8 @@ def open_file(file: pathlib.Path) -> dict[str, Tensor]:
   """
   directories.check_contained(file)
   try:
-    with file.open('rb') as opened:
-      size = int.from_bytes(opened.read(8), 'little')
-      if size > min(MAX_HEADER, file.stat().st_size):
-        raise ValueError(f'its header claims {size:,} bytes')
-      files.parse_json(opened.read(size).decode(), file)
-    handle = safetensors.safe_open(file, framework='np')
+    with paths.to_read(file) as here:
+      handle = _safe_open(here)
     tensors = {}
     for name in handle.keys():
       part = handle.get_slice(name)
@@ -141,6 +138,16 @@ def open_file(file: pathlib.Path) -> dict[str, Tensor]:
       f'{file} cannot be read as safetensors ({error}). Copy it again from'
       ' where it came from.'
     ) from error
+
+
+def _safe_open(file: pathlib.Path) -> Any:
+  """Opens a local file, once its header is checked; it may be removed then."""
+  with file.open('rb') as opened:
+    size = int.from_bytes(opened.read(8), 'little')
+    if size > min(MAX_HEADER, file.stat().st_size):
+      raise ValueError(f'its header claims {size:,} bytes')
+    files.parse_json(opened.read(size).decode(), file)
+  return safetensors.safe_open(file, framework='np')
 
 
 def _fill_from_file(part: Any, out: np.ndarray, index: Index) -> None:
@@ -272,7 +279,8 @@ def _remove_others(directory: pathlib.Path, kept: Collection[str]) -> None:
 
 def read_metadata(file: pathlib.Path) -> dict[str, str]:
   """Returns what `write_file` was given for one that `open_file` accepts."""
-  return safetensors.safe_open(file, framework='np').metadata() or {}
+  with paths.to_read(file) as here:
+    return safetensors.safe_open(here, framework='np').metadata() or {}
 
 
 def write_file(
@@ -297,9 +305,10 @@ def write_file(
     }
   text = directories.dump_json(header, indent=None).encode()
   text += b' ' * (-len(text) % 8)
-  temporary = file.with_name(file.name + '.tmp')
-  with temporary.open('wb') as opened:
-    opened.write(len(text).to_bytes(8, 'little') + text)
-    for name in order:
-      opened.write(tensors[name].read().reshape(-1).view(np.uint8).data)
-  temporary.replace(file)
+  with paths.to_write(file) as here:
+    temporary = here.with_name(here.name + '.tmp')
+    with temporary.open('wb') as opened:
+      opened.write(len(text).to_bytes(8, 'little') + text)
+      for name in order:
+        opened.write(tensors[name].read().reshape(-1).view(np.uint8).data)
+    temporary.replace(here)
