@@ -84,8 +84,11 @@ def check(
 
 
 def check_backend(kernel: str, backend: str) -> None:
-  """Raises ValueError if a kernel does not run on a backend of JAX."""
-  if kernel != 'xla' and backend not in BACKENDS[kernel]:
+  """Raises ValueError if a kernel does not run on a backend of JAX.
+
+  Over the stand-ins of `planning.chips` ('none') nothing runs.
+  """
+  if kernel != 'xla' and backend not in (*BACKENDS[kernel], 'none'):
     raise ValueError(
       f'attention_kernel = {kernel!r} runs on {" or ".join(BACKENDS[kernel])},'
       f" and the devices here are {backend}. Set attention_kernel = 'xla'."

@@ -165,7 +165,7 @@ class StandIn:
 
   id: int
   device_kind: str
-  platform: str
+  platform: str = 'none'
   process_index: int = 0
 
 
@@ -173,8 +173,7 @@ def stand_ins(chip: Chip, count: int) -> list[StandIn]:
   """Returns devices of which only shapes and shardings can be made."""
   if count < 1:
     raise ValueError(f'plan.num_devices = {count}: it must be at least 1.')
-  platform = 'tpu' if chip.is_tpu else 'gpu'
-  return [StandIn(i, chip.kind, platform) for i in range(count)]
+  return [StandIn(i, chip.kind) for i in range(count)]
 
 
 def topology(chip: Chip, count: int) -> Sequence[Any]:

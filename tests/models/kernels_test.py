@@ -295,6 +295,7 @@ def test_what_a_kernel_cannot_do_is_refused(kernel, change, message):
 def test_a_kernel_runs_where_it_can():
   kernels.check_backend('splash', 'tpu')
   kernels.check_backend('cudnn', 'gpu')
+  kernels.check_backend('cudnn', 'none')  # of a plan
   kernels.check_backend('xla', 'gpu')
   with pytest.raises(ValueError, match='runs on tpu or cpu.*here are gpu'):
     kernels.check_backend('splash', 'gpu')
