@@ -308,7 +308,7 @@ class Model:
 def _on_mesh(composed: Any, mesh: Mesh) -> Any:
   """Returns the model without the kernel that only training can split."""
   towers = {'anchor': composed.anchor, **composed.augmenting}
-  if mesh.size == 1 or all(one.kernel != 'splash' for one in towers.values()):
+  if all(one.kernel != 'splash' for one in towers.values()) or mesh.size == 1:
     return composed
   towers = {name: one.clone(kernel='xla') for name, one in towers.items()}
   composed = copy.copy(composed)
