@@ -46,7 +46,6 @@ setuptools.setup(
     'numpy',
     'optax',
     'orbax-checkpoint',
-    'rich',
     'sacrebleu',
     'safetensors',
     'sentencepiece',

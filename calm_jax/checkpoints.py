@@ -148,18 +148,20 @@ class Checkpoints:
     """
     steps, reasons = self.steps(), []
     for step in reversed(steps):
+      found, reason = None, ''
       try:
-        self._agree_on(step)
+        self._look_first(step)
         found = self._restore_step(step, shapes)
       except (_OtherModelError, jax.errors.JaxRuntimeError):
         raise  # memory that is full, or a process that is gone, is no damage
       except _DAMAGE as error:
         reason = _first_line(error)
-        reasons.append(f'{step}: {reason}')
-        warn(f'{self._directory / str(step)} is damaged and skipped: {reason}')
-      else:
+      if not sharding.largest(int(found is None)):  # of all processes
         self._set_aside([one for one in steps if one > step])
         return found
+      reason = reason or 'another process has found it damaged'
+      reasons.append(f'{step}: {reason}')
+      warn(f'{self._directory / str(step)} is damaged and skipped: {reason}')
     if steps:
       raise ValueError(
         f'None of the steps {steps} in {self._directory} can be restored'
@@ -183,12 +185,12 @@ class Checkpoints:
       multihost_utils.sync_global_devices('damaged steps are set aside')
     self._manager.reload()
 
-  def _agree_on(self, step: int) -> None:
+  def _look_first(self, step: int) -> None:
     """Lets process 0 read the whole step, if there are others.
 
     Raises:
       ValueError: on every process, if it is damaged. If one alone found that
-        while all restore, the others would wait for it for ever.
+        while all restore, the others would wait in Orbax for it.
     """
     if jax.process_count() == 1:
       return

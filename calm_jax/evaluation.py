@@ -8,13 +8,15 @@ from typing import Any, Protocol
 
 import jax
 
-from calm_jax import generation
+from calm_jax import generation, paths
 from calm_jax.generation import Continuation
 from calm_jax.sampling import DecodingConfig
 
 Example = Mapping[str, Any]
 # From prompts to continuations of each; `calm_jax.Model.decode` is one.
 Decode = Callable[..., list[list[Continuation]]]
+
+METRICS_FILE = 'metrics.json'  # the last that is written
 
 
 class EvalTask(Protocol):
@@ -221,6 +223,15 @@ class Evaluator:
         say(f'{label:12} {task.name}/{split}: {shown}')
     return results
 
+  def missing(self, directory: pathlib.Path, label: str) -> list[str]:
+    """Returns the 'task/split's that have no result there; see `__call__`."""
+    return [
+      f'{task.name}/{split}'
+      for task in self.tasks
+      for split in task.eval_splits
+      if not (directory / task.name / split / label / METRICS_FILE).exists()
+    ]
+
   def _evaluate(
     self, decode: Decode, task: EvalTask, split: str, place: pathlib.Path
   ) -> dict[str, float | str]:
@@ -250,5 +261,5 @@ class Evaluator:
     measured = {'num_examples': len(examples)}
     measured |= task.metrics(examples, predictions)
     text = json.dumps(measured, indent=2)
-    (place / 'metrics.json').write_text(text + '\n')
+    paths.write_whole(place / METRICS_FILE, text + '\n')
     return measured

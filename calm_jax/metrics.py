@@ -127,6 +127,7 @@ class Log:
     self._steps = steps
     self._schedule, self._step_flops = schedule, step_flops
     self._peak = peak_flops()
+    self._start = self._then = 0.0  # see `start`
     self._file: TextIO | None = None
     self._board: Any = None
     if jax.process_index():

@@ -211,19 +211,55 @@ def start(
   return loaded.params
 
 
-def evaluate(
-  evaluator: evaluation.Evaluator,
-  speaker: Model,
-  log: metrics.Log,
-  directory: pathlib.Path,
-  step: int,
-) -> None:
-  """Evaluates the model as it is after a step, in `eval/` of the run."""
-  begun = time.perf_counter()
-  found = evaluator(
-    speaker.decode, directory=directory / 'eval', label=str(step), say=say
-  )
-  log.add(step, found, seconds=time.perf_counter() - begun)
+class Evaluation:
+  """Evaluates the model at some steps of a run, in its folder `eval`."""
+
+  def __init__(
+    self,
+    evaluator: evaluation.Evaluator,
+    speaker: Model,
+    frozen: Params,
+    directory: pathlib.Path,
+    is_due: Callable[[int, int], bool],
+  ):
+    """Does nothing yet.
+
+    Args:
+      evaluator: the tasks; without any nothing is ever done.
+      speaker: the model, whose parameters are replaced.
+      frozen: those that are not trained.
+      directory: MODEL_DIR.
+      is_due: given a step and a number of steps, whether it is time.
+    """
+    self._evaluator, self._speaker = evaluator, speaker
+    self._frozen, self._is_due = frozen, is_due
+    self._directory = directory / 'eval'
+
+  def make_up(self, step: int, trained: Params, log: metrics.Log) -> None:
+    """Evaluates the step that a run continues at, if a stop took its place."""
+    if step and self._is_wanted(step):
+      if self._evaluator.missing(self._directory, str(step)):
+        self._run(step, trained, log)
+
+  def __call__(
+    self, step: int, trained: Params, log: metrics.Log, guard: guards.Guard
+  ) -> None:
+    """Evaluates the model as it is after a step, if that is due."""
+    if self._is_wanted(step):
+      guard.rest()
+      self._run(step, trained, log)
+
+  def _is_wanted(self, step: int) -> bool:
+    every = self._evaluator.every
+    return bool(self._evaluator.tasks) and self._is_due(step, every)
+
+  def _run(self, step: int, trained: Params, log: metrics.Log) -> None:
+    begun = time.perf_counter()
+    self._speaker.params = {**self._frozen, **trained}
+    found = self._evaluator(
+      self._speaker.decode, directory=self._directory, label=str(step), say=say
+    )
+    log.add(step, found, seconds=time.perf_counter() - begun)
 
 
 def stop(saved: checkpoints.Checkpoints, step: int) -> None:

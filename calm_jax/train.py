@@ -162,7 +162,9 @@ def train(
     )
     guard = guards_lib.Guard(guards, directory)
     is_due = lambda step, every: step % every == 0 or step == train_steps
+    evaluate = stages.Evaluation(evaluator, speaker, frozen, directory, is_due)
     with stages.closing(saved, log, feed, profiler), jax.set_mesh(mesh), guard:
+      evaluate.make_up(first, state.params, log)
       for step in range(first + 1, train_steps + 1):
         batch = next(feed)
         placed = sharding.put_batch(batch, mesh)
@@ -177,10 +179,7 @@ def train(
           stages.save(saved, log, state, feed)
         if must_stop:
           stages.stop(saved, step)
-        if evaluator.tasks and is_due(step, evaluator.every):
-          guard.rest()
-          speaker.params = {**frozen, **state.params}
-          stages.evaluate(evaluator, speaker, log, directory, step)
+        evaluate(step, state.params, log, guard)
 
     # --- Export --------------------------------------------------------------
     stages.export_trained(directory, model, anchor, state.params, export_dtype)

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import os
+import pathlib
 import re
 import signal
 
@@ -31,20 +32,13 @@ from calm_jax import (
   vocabularies,
 )
 from calm_jax.models import pretrained
-from tests import tiny, toys
+from tests import tiny, toy_run, toys
 
 pytestmark = [pytest.mark.entry, pytest.mark.slow]
 
-VOCAB = 26
+VOCAB = toy_run.VOCAB
 ANCHOR = dataclasses.replace(
-  tiny.ANCHOR,
-  vocab_size=VOCAB,
-  num_layers=2,
-  embed_dim=16,
-  num_heads=2,
-  num_kv_heads=1,
-  mlp_dim=192,
-  init_stddev=0.1,
+  toy_run.ANCHOR, num_heads=2, num_kv_heads=1, mlp_dim=192
 )
 AUGMENTING = dataclasses.replace(
   ANCHOR, num_layers=1, embed_dim=24, mlp_dim=144, num_kv_heads=2
@@ -513,6 +507,39 @@ def test_evaluation_during_training(donors, finished, tmp_path):
   other = safetensors.numpy.load_file(finished / 'composition.safetensors')
   for name, tensor in theta.items():
     np.testing.assert_array_equal(tensor, other[name])
+
+
+class Killed(Shout):
+  """Ends the process in the middle of its n-th evaluation."""
+
+  def __init__(self, n):
+    self.left = n
+
+  def metrics(self, examples, predictions):
+    self.left -= 1
+    if not self.left:
+      raise KeyboardInterrupt('as if by kill')
+    return super().metrics(examples, predictions)
+
+
+@pytest.mark.parametrize('n', [1, 2])
+def test_an_evaluation_that_was_cut_short_is_made_up_for(n, donors, tmp_path):
+  """In the middle of a run, and at its last step."""
+  settings = {'checkpoint_every': 2}
+  whole = evaluation.Evaluator(tasks=[Shout()], every=4)
+  run(tmp_path / 'whole', donors, evaluator=whole, **settings)
+  cut = evaluation.Evaluator(tasks=[Killed(n)], every=4)
+  with pytest.raises(KeyboardInterrupt):
+    run(tmp_path / 'cut', donors, evaluator=cut, **settings)
+  run(tmp_path / 'cut', donors, evaluator=whole, **settings)
+  assert metrics_of(tmp_path / 'cut') == metrics_of(tmp_path / 'whole')
+  for step in ('4', '6'):
+    place = pathlib.Path('eval', 'shout', 'test', step, 'metrics.json')
+    made_up = (tmp_path / 'cut' / place).read_text()
+    assert made_up == (tmp_path / 'whole' / place).read_text()
+  before = metrics_of(tmp_path / 'cut')
+  run(tmp_path / 'cut', donors, evaluator=whole, **settings)
+  assert metrics_of(tmp_path / 'cut') == before  # once is enough
 
 
 class Refusing(Shout):
