@@ -242,6 +242,14 @@ def test_after_a_damaged_step_steps_are_saved_again(
   assert check_damaged(directory, shapes) == 7
 
 
+def test_what_orbax_does_not_save_is_an_error(tmp_path, monkeypatch):
+  saved = checkpoints.Checkpoints(tmp_path)
+  monkeypatch.setattr(saved._manager, 'save', lambda *a, **k: False)
+  with pytest.raises(OSError, match='Orbax would not save the step 3'):
+    saved.save(make_state(3), data_state={})
+  saved.close()
+
+
 def test_a_failing_device_is_no_damage(
   two_steps, shapes, tmp_path, monkeypatch
 ):

@@ -405,8 +405,8 @@ def sigterm_of_one(folder: pathlib.Path) -> str:
 
 
 def damage_seen_by_two(folder: pathlib.Path) -> str:
-  """A damaged step is passed over by both of two processes."""
-  flags = ('--steps', 10, '--mesh', 4, 2, 1)
+  """A step of which one of two processes alone reads the damaged part."""
+  flags = ('--steps', 10, '--mesh', 1, 8, 1)
   finish(folder / 'whole', *flags, **TWO)
   directory = pathlib.Path(shutil.copytree(folder / 'whole', folder / 'again'))
   (directory / run_files.WEIGHTS_FILE).unlink()
@@ -420,6 +420,21 @@ def damage_seen_by_two(folder: pathlib.Path) -> str:
   claim('trained from step 5' in said, said)
   compare(directory, toy_run.result_of(folder / 'whole'))
   return 'both fell back to the step before, and ended equal'
+
+
+def damage_seen_by_one(folder: pathlib.Path) -> str:
+  """A step that one of two processes alone finds damaged once it is read."""
+  flags = ('--steps', 10, '--mesh', 4, 2, 1)
+  finish(folder / 'whole', *flags, **TWO)
+  for index in (0, 1):
+    directory = folder / str(index)
+    shutil.copytree(folder / 'whole', directory)
+    (directory / run_files.WEIGHTS_FILE).unlink()
+    said = finish(directory, *flags, **TWO, only={index: ('--sees_damage',)})
+    claim('checkpoints/10 is damaged and skipped' in said, said)
+    claim('trained from step 5' in said, said)
+    compare(directory, toy_run.result_of(folder / 'whole'))
+  return 'whichever it was, both fell back, and ended equal'
 
 
 def peers(folder: pathlib.Path) -> str:
@@ -462,8 +477,8 @@ SERIES = {
   one.__name__: one
   for one in (
     *(kills, stops, sigterm, bits, composition_bits, files, soak),
-    *(topologies, meshes, sigterm_of_one, damage_seen_by_two, peers),
-    divergence,
+    *(topologies, meshes, sigterm_of_one, damage_seen_by_two),
+    *(damage_seen_by_one, peers, divergence),
   )
 }
 

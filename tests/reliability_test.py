@@ -20,6 +20,7 @@ SMALL = {
   'meshes': {'names': ('4 devices', '2 processes')},
   'sigterm_of_one': {},
   'damage_seen_by_two': {},
+  'damage_seen_by_one': {},
   'peers': {},
   'divergence': {},
 }

@@ -23,6 +23,7 @@ import numpy as np
 
 from calm_jax import (
   batches,
+  checkpoints,
   connections,
   distributed,
   guards,
@@ -135,6 +136,17 @@ def _first_state(diverged: str | None):
     run_stages.open_state = open_state
 
 
+def _sees_damage() -> None:
+  """Lets this process find the first step that it reads damaged."""
+  check = checkpoints._check_arrays
+
+  def found(leaves, manifest):
+    checkpoints._check_arrays = check
+    raise ValueError('as if a bit were flipped')
+
+  checkpoints._check_arrays = found
+
+
 def run(
   directory: pathlib.Path,
   *,
@@ -219,9 +231,12 @@ def main() -> None:
   parser.add_argument('--log_every', type=int, default=1)
   parser.add_argument('--sigterm_at', type=int)
   parser.add_argument('--diverged')
+  parser.add_argument('--sees_damage', action='store_true')
   options = parser.parse_args()
   try:
     distributed.initialize(os.environ)
+    if options.sees_damage:
+      _sees_damage()
     run(
       options.directory,
       mesh=options.mesh,

@@ -228,17 +228,23 @@ def half(qkv):
   return tuple(x.astype(jnp.bfloat16) for x in qkv)
 
 
-def test_cudnn_is_called_with_what_xla_computes(monkeypatch):
+@pytest.mark.parametrize('cut', [0, 1])
+def test_cudnn_is_called_with_what_xla_computes(cut, monkeypatch):
+  """And with even lengths: with a mask it takes no others."""
   asked, original = [], jax.nn.dot_product_attention
 
   def recorded(*args, implementation, **kwargs):
     asked.append(implementation)
+    assert not any(x.shape[1] % 2 for x in args)
     return original(*args, implementation='xla', **kwargs)
 
   monkeypatch.setattr(jax.nn, 'dot_product_attention', recorded)
   where = attention.Positions.full(SEGMENTS, SEGMENTS)
   mask_BTS = where.mask_BTS.at[:, 30].set(False)
   qkv = half(arrays(heads=4, kv_heads=2))
+  length = SEGMENTS.shape[1] - cut
+  qkv = tuple(x[:, :length] for x in qkv)
+  mask_BTS = mask_BTS[:, :length, :length]
   xla, cudnn = (
     attention.attend(
       *qkv, mask_BTS, scale=0.3, kernel=kernel, pattern=where.pattern
