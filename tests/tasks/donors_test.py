@@ -27,7 +27,7 @@ def test_a_card_names_the_hash_of_its_weights(name):
 FINGERPRINTS = {
   'anchor': '076f4d20c90bd76360d27c4e100e3e590a34bd3fc2ff55081dcb4ccff016851c',
   'augmenting': (
-    'c00dded75eca4881c797ddfdecdc01f5c5824ebe141b801c34e853176a231a8e'
+    '48a16154eabdcf1750a9987849b9f8f0c4aed4f20b39f0df123a0ac73ea5eaef'
   ),
 }
 
