@@ -17,7 +17,7 @@ import pytest
 import calm_jax
 from calm_jax import api, gin_setup, report, sharding
 from calm_jax.models import pretrained
-from calm_jax.reporting import pictures, scores
+from calm_jax.reporting import page, pictures, scores
 from calm_jax.reporting import runs as runs_lib
 from tests import tiny, toys
 
@@ -254,6 +254,20 @@ def test_the_page_needs_nothing_but_itself(tmp_path, columns):
     assert min(pixels.shape[:2]) > 200
     coloured = np.ptp(pixels, axis=-1) > 0.2  # more than black on white
     assert coloured.sum() > 100, name
+
+
+def test_only_more_than_a_deviation_is_a_loss():
+  def is_loss(*values):
+    return scores.is_loss(scores.Score(values), places=1)
+
+  assert is_loss(-2.0) and is_loss(-3.0, -2.0)
+  assert not is_loss(-0.2, 0.0) and not is_loss(-0.04)
+  assert not is_loss() and not is_loss(0.0) and not is_loss(1.0, 2.0)
+
+
+def test_only_long_names_are_broken():
+  shown = page.heading('vanilla m_A kv_arithmetic/test')
+  assert shown == 'vanilla m_A kv_<wbr>arithmetic/<wbr>test'
 
 
 def test_the_metric_can_be_chosen(tmp_path, columns):

@@ -10,6 +10,7 @@ from typing import Any
 from calm_jax.reporting import scores
 from calm_jax.reporting.scores import Score
 
+_LONG = 12  # letters of a word that is better broken than kept whole
 _PAGE = """\
 <!DOCTYPE html>
 <html lang="en">
@@ -191,6 +192,10 @@ def details(title: str, text: str) -> str:
 
 
 def _may_break(text: str) -> str:
-  """Returns HTML that a narrow screen may break within names and paths."""
-  text = html.escape(text)
-  return text.replace('/', '/<wbr>').replace('_', '_<wbr>')
+  """Returns HTML that a narrow screen may break within long names and paths."""
+  return ' '.join(
+    word.replace('/', '/<wbr>').replace('_', '_<wbr>')
+    if len(word) > _LONG
+    else word
+    for word in html.escape(text).split(' ')
+  )

@@ -112,6 +112,13 @@ def frozen_score(
   return found
 
 
+def is_loss(difference: Score, *, places: int) -> bool:
+  """Whether a change, as shown, is below 0 by more than its deviation."""
+  if not difference.values:
+    return False
+  return round(difference.mean + (difference.deviation or 0.0), places) < 0
+
+
 def change(
   runs: Sequence[Run],
   row: str,

@@ -96,7 +96,7 @@ def forgetting(
             places=places,
             sign=True,
             kind='lost'
-            if difference.values and round(difference.mean, places) < 0
+            if scores_lib.is_loss(difference, places=places)
             else '',
           ),
         ],
@@ -113,7 +113,7 @@ def forgetting(
     title,
     page.paragraph(
       'Before is the anchor alone; the change is taken run by run, and'
-      ' then mean ± standard deviation.'
+      ' then mean ± standard deviation. Red is a loss of more than that.'
     ),
     *tables,
     page.picture(out / 'forgetting.png', figure, caption=caption),
