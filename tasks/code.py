@@ -69,6 +69,7 @@ class HumanEval:
     sandbox: where the programs run.
     max_new_tokens: of an answer.
     eval_splits: the splits that are evaluated.
+    called: its name in the results, where one task is evaluated in two ways.
     stop: an answer ends before the first of these: whatever comes after the
       function.
   """
@@ -79,6 +80,7 @@ class HumanEval:
   max_new_tokens: int = 512
   stop: tuple[str, ...] = ('\nclass', '\ndef', '\n#', '\nif', '\nprint')
   eval_splits: tuple[str, ...] = ('test',)
+  called: str | None = None
   splits: ClassVar[tuple[str, ...]] = ('test',)
 
   def __post_init__(self):
@@ -86,7 +88,7 @@ class HumanEval:
 
   @property
   def name(self) -> str:
-    return 'humaneval'
+    return self.called or 'humaneval'
 
   def examples(self, split: str) -> list[dict[str, Any]]:
     """Returns the problems, with 'task_id', 'entry_point' and 'test'.
@@ -147,6 +149,7 @@ class MBPP:
     sandbox: where the programs run.
     max_new_tokens: of an answer.
     eval_splits: the splits that are evaluated.
+    called: its name in the results, where one task is evaluated in two ways.
     stop: an answer ends before the first of these.
   """
 
@@ -157,6 +160,7 @@ class MBPP:
   max_new_tokens: int = 512
   stop: tuple[str, ...] = ('\n[DONE]', '[DONE]')
   eval_splits: tuple[str, ...] = ('test',)
+  called: str | None = None
   splits: ClassVar[tuple[str, ...]] = tuple(_MBPP_SPLITS)
 
   def __post_init__(self):
@@ -169,7 +173,7 @@ class MBPP:
 
   @property
   def name(self) -> str:
-    return 'mbpp'
+    return self.called or 'mbpp'
 
   def examples(self, split: str) -> list[dict[str, Any]]:
     """Returns the problems, with 'task_id', 'setup' and 'tests'.
@@ -205,13 +209,15 @@ class MBPP:
       raise ValueError(
         f'{self.path} does not have {what}. Expected: {_MBPP_FORMAT}.'
       )
-    solved = [
-      _MBPP_PROMPT.format(**rows[shot]) + f'{rows[shot]["code"]}\n[DONE]\n\n'
+    solved = {
+      shot: _MBPP_PROMPT.format(**rows[shot])
+      + f'{rows[shot]["code"]}\n[DONE]\n\n'
       for shot in shots
-    ]
+    }
     return [
       {
-        'inputs': ''.join(solved) + _MBPP_PROMPT.format(**rows[number]),
+        'inputs': ''.join(solved[shot] for shot in shots if shot != number)
+        + _MBPP_PROMPT.format(**rows[number]),
         'targets': rows[number]['code'],
         'task_id': number,
         'setup': rows[number]['setup'],

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
-import itertools
 import pathlib
 from typing import Any, ClassVar
 
@@ -33,6 +32,7 @@ class CodeToText:
     max_new_tokens: of an answer.
     stop: an answer ends before the first of these.
     eval_splits: the splits that are evaluated.
+    called: its name in the results, where one task is evaluated in two ways.
   """
 
   directory: str
@@ -43,6 +43,7 @@ class CodeToText:
   max_new_tokens: int = 128
   stop: tuple[str, ...] = ('\n',)
   eval_splits: tuple[str, ...] = ('test',)
+  called: str | None = None
   splits: ClassVar[tuple[str, ...]] = ('train', 'valid', 'test')
 
   def __post_init__(self):
@@ -51,7 +52,7 @@ class CodeToText:
 
   @property
   def name(self) -> str:
-    return f'code_to_text_{self.language}'
+    return self.called or f'code_to_text_{self.language}'
 
   def examples(self, split: str) -> list[dict[str, Any]]:
     """Returns the prompts of a split, each with the 'reference'.
@@ -61,14 +62,16 @@ class CodeToText:
     """
     prompts.check_split('CodeToText', split, self.splits)
     template = self._template()
-    first = []
+    pool: dict[str, dict[str, str]] = {}
     if self.shots:  # One more than asked for: the tested one may be among them.
-      first = itertools.islice(self._rows('train'), self.shots + 1)
-    pool = [(fields['code'], fields) for fields in first]
+      for fields in self._rows('train'):
+        pool.setdefault(fields['code'], fields)
+        if len(pool) > self.shots:
+          break
     made = []
     for fields in self._rows(split):
       shots = prompts.choose_shots(
-        'CodeToText', pool, self.shots, tested=fields['code']
+        'CodeToText', pool.items(), self.shots, tested=fields['code']
       )
       inputs, targets = template.prompt(shots, fields)
       made.append(

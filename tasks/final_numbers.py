@@ -25,8 +25,9 @@ _NUMBER = re.compile(
   # A minus after a word or a bracket subtracts, or is a hyphen; one with a
   # space behind it subtracts too, unless nothing is there to subtract from.
   rf'(?P<minus>(?<![\w)\].,])-{_CURRENCY}?|{_CURRENCY}-|(?<=[=:] )-\s)?'
-  # Digits with single marks between them, or a decimal without a leading 0.
-  rf'(?P<digits>\d+(?:[.,{_GROUPS}]\d+)*|(?<!\d)\.\d+)'
+  # Digits with single marks between them, or a decimal without a leading 0; a
+  # point after a letter or a point ends an abbreviation: Rs.500.
+  rf'(?P<digits>\d+(?:[.,{_GROUPS}]\d+)*|(?<![\w.])\.\d+)'
 )
 
 

@@ -31,6 +31,7 @@ class Flores:
     max_new_tokens: of an answer.
     stop: an answer ends before the first of these.
     eval_splits: the splits that are evaluated.
+    called: its name in the results, where one task is evaluated in two ways.
   """
 
   directory: str
@@ -43,6 +44,7 @@ class Flores:
   max_new_tokens: int = 256
   stop: tuple[str, ...] = ('\n',)
   eval_splits: tuple[str, ...] = ('devtest',)
+  called: str | None = None
   splits: ClassVar[tuple[str, ...]] = ('dev', 'devtest')
 
   def __post_init__(self):
@@ -56,7 +58,7 @@ class Flores:
 
   @property
   def name(self) -> str:
-    return f'flores_{self.source}_{self.target}'
+    return self.called or f'flores_{self.source}_{self.target}'
 
   def examples(self, split: str) -> list[dict[str, Any]]:
     """Returns the prompts of a split, each with 'source' and 'reference'.

@@ -48,6 +48,7 @@ class GSM8K:
     max_new_tokens: of an answer.
     stop: an answer ends before the first of these.
     eval_splits: the splits that are evaluated.
+    called: its name in the results, where one task is evaluated in two ways.
   """
 
   directory: str | None = None
@@ -61,6 +62,7 @@ class GSM8K:
   max_new_tokens: int = 512
   stop: tuple[str, ...] = ('\nQuestion:',)
   eval_splits: tuple[str, ...] = ('test',)
+  called: str | None = None
   splits: ClassVar[tuple[str, ...]] = ('train', 'test')
 
   def __post_init__(self):
@@ -73,7 +75,8 @@ class GSM8K:
 
   @property
   def name(self) -> str:
-    return f'gsm8k_{self.language}' if self.language else 'gsm8k'
+    made = f'gsm8k_{self.language}' if self.language else 'gsm8k'
+    return self.called or made
 
   def examples(self, split: str) -> list[dict[str, Any]]:
     """Returns the prompts of a split, with 'question', 'answer' and 'number'.
@@ -146,6 +149,7 @@ class MGSM:
     max_new_tokens: of an answer.
     stop: an answer ends before the first of these.
     eval_splits: the splits that are evaluated.
+    called: its name in the results, where one task is evaluated in two ways.
   """
 
   directory: str
@@ -157,6 +161,7 @@ class MGSM:
   max_new_tokens: int = 512
   stop: tuple[str, ...] = ('\nQuestion:',)
   eval_splits: tuple[str, ...] = ('test',)
+  called: str | None = None
   splits: ClassVar[tuple[str, ...]] = ('test',)
 
   def __post_init__(self):
@@ -169,7 +174,7 @@ class MGSM:
 
   @property
   def name(self) -> str:
-    return f'mgsm_{self.language}'
+    return self.called or f'mgsm_{self.language}'
 
   def examples(self, split: str) -> list[dict[str, Any]]:
     """Returns the prompts, each with 'question' and 'number'.

@@ -327,6 +327,15 @@ def test_an_empty_file(task, tmp_path):
     dataclasses.replace(task, path=str(file)).examples('test')
 
 
+def test_solved_examples_are_not_tested_beside_themselves():
+  task = code.MBPP(path=str(MBPP), called='mbpp_published')
+  assert task.name == 'mbpp_published'
+  tested = {one['task_id']: one for one in task.examples('prompt')}
+  counts = {n: one['inputs'].count('[DONE]') for n, one in tested.items()}
+  assert counts[2] == counts[3] == counts[4] == 2
+  assert all(one['targets'] not in one['inputs'] for one in tested.values())
+
+
 def test_a_file_without_the_examples_of_the_prompt(tmp_path):
   file = tmp_path / 'mbpp.jsonl'
   file.write_text(''.join(MBPP.read_text().splitlines(keepends=True)[2:6]))

@@ -82,6 +82,21 @@ def test_the_tested_function_is_never_among_the_examples():
   assert len(task(shots=0).examples('valid')) == 2
 
 
+def test_an_example_that_is_there_twice_is_one_example(tmp_path):
+  folder = tmp_path / 'python'
+  folder.mkdir()
+  rows = [
+    {'code_tokens': ['f', str(n)], 'docstring_tokens': ['says', str(n)]}
+    for n in (1, 1, 1, 2, 3)
+  ]
+  lines = [json.dumps(row) + '\n' for row in rows]
+  (folder / 'train.jsonl').write_text(''.join(lines))
+  (folder / 'test.jsonl').write_text(lines[0])
+  (one,) = task(directory=str(tmp_path), shots=2).examples('test')
+  assert one['inputs'].count('Code: f 1') == 1
+  assert [f'Code: f {n}' in one['inputs'] for n in (2, 3)] == [True, True]
+
+
 # --- Scores ------------------------------------------------------------------
 
 

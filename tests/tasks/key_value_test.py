@@ -301,7 +301,6 @@ def test_seqio_and_numpy_paths_agree(task):
     length=40,
     pack=True,
     bos_id=vocabulary.bos_id,
-    pad_id=vocabulary.pad_id,
   )
   through_seqio = data.seqio_batches(
     f'{task}_quick',
