@@ -167,8 +167,8 @@ class Fields:
         continue
       if name in ONLY:
         one = ONLY[name]
-        if value is not None and not (
-          type(value) is type(one) and value == one
+        if value is not None and (
+          value != one or isinstance(value, bool) != isinstance(one, bool)
         ):
           expected = 'null' if one is None else f'null or {one!r}'
           self.refuse(name, value, f'supported here is {expected} alone')

@@ -7,6 +7,7 @@ and `sources` says under which name each of our parameters is stored.
 from collections.abc import Mapping
 import dataclasses
 import difflib
+import re
 from typing import Any
 
 from calm_jax.models import family_tables, rope_fields, tensor_names
@@ -89,8 +90,12 @@ def _known(model_type: Any, where: str) -> Family:
   )
   if model_type == 'umt5':
     text += ' umT5 has a relative-position bias in each layer, others one.'
-  close = difflib.get_close_matches(str(model_type), MODEL_TYPES, n=1)
-  raise ValueError(text + (f' Did you mean {close[0]!r}?' if close else ''))
+  # Models of like names are other models: mixtral, mistral3, qwen2_moe.
+  name = str(model_type).lower()
+  for close in difflib.get_close_matches(name, MODEL_TYPES, n=1, cutoff=0.87):
+    if re.sub(r'\D', '', close) == re.sub(r'\D', '', name):
+      text += f' Did you mean {close!r}?'
+  raise ValueError(text)
 
 
 def _text_part(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -106,7 +111,9 @@ def _text_part(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
   inner = top.object('text_config')
   if inner is None:
     top.refuse('text_config', None, 'expected an object')
-  for name in ('tie_word_embeddings', 'dtype', 'torch_dtype'):
+  tied = top.pop('tie_word_embeddings')  # of the whole model, whatever the part
+  inner['tie_word_embeddings'] = True if tied is None else tied
+  for name in ('dtype', 'torch_dtype'):
     value = top.pop(name)
     if value is not None and inner.setdefault(name, value) != value:
       top.refuse(name, value, f'text_config has another, {inner[name]!r}')
@@ -272,6 +279,10 @@ def config_to(config: TransformerConfig, *, model_type: str) -> dict[str, Any]:
     **{name: values[name] for name in family.defaults if name in values},
     'torch_dtype': config.param_dtype,
   }
+  if family.activation_field == 'hidden_activation':  # Gemma 2 and 3
+    fields.pop('hidden_act', None)  # theirs is named otherwise
+    # Where no layer slides, transformers wants a size all the same.
+    fields['sliding_window'] = fields['sliding_window'] or 4096
   again = config_from(fields, where=f'export as {model_type}')
   wrong = [
     f'{field.name} = {getattr(config, field.name)!r}'

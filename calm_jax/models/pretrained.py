@@ -366,6 +366,6 @@ def write_model(
   directories.write_json(
     directory / directories.CONFIG_FILE, {'model_type': MODEL_TYPE, **fields}
   )
-  weight_files.write_directory(directory, tensors)
   vocabulary.save(directory)
+  weight_files.write_directory(directory, tensors)  # last: then it is whole
   return fingerprint(pretrained_model(directory))

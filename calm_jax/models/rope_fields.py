@@ -3,7 +3,8 @@
 `transformers` 4 has `rope_theta` and `rope_scaling` (Gemma 3:
 `rope_local_base_freq` too), version 5 has `rope_parameters`, for Gemma 3 one
 object for each type of layer. We read both, and write the older, which both
-read. The arithmetic is that of version 5.
+read. The arithmetic is that of version 5, but that it drops Gemma 3's scaling
+where the older `type` stands for `rope_type`, and we do not.
 """
 
 import math
@@ -98,6 +99,8 @@ def _parse(
     'type': None,
     **dict.fromkeys(names),
   }
+  if kind in ('linear', 'dynamic'):  # not read by these
+    defaults['original_max_position_embeddings'] = None
   if kind == 'yarn':
     defaults |= {'mscale': None, 'mscale_all_dim': None, 'truncate': True}
   inner = Fields(fields, where=f'{read.where}: {name}', defaults=defaults)
@@ -127,6 +130,8 @@ def _scaling(inner: Fields, kind: str, length: int) -> RopeScaling:
       value = inner.number(name, nullable=kind == 'yarn')
       if value is not None:
         found[ours] = value
+  if kind in ('linear', 'dynamic'):
+    inner.pop('original_max_position_embeddings')
   if kind == 'dynamic':
     found['original_length'] = length
   if kind == 'yarn':

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import dataclasses
 import pathlib
 from typing import Any
+import warnings
 
 import tokenizers
 
@@ -18,6 +19,22 @@ CONFIG_FILE = 'tokenizer_config.json'
 GENERATION_FILE = 'generation_config.json'
 ROLES = ('bos_token', 'eos_token', 'pad_token', 'unk_token')
 _MAX_EXTRA_IDS = 10_000
+# What generation_config.json may ask of decoding, and we do not do.
+_NOT_DONE = {
+  'repetition_penalty': 1.0,
+  'no_repeat_ngram_size': 0,
+  'min_length': 0,
+  **dict.fromkeys(
+    (
+      'bad_words_ids',
+      'begin_suppress_tokens',
+      'forced_bos_token_id',
+      'forced_eos_token_id',
+      'min_new_tokens',
+      'suppress_tokens',
+    )
+  ),
+}
 _TOKEN_FLAGS = ('lstrip', 'normalized', 'rstrip', 'single_word', 'special')
 
 
@@ -111,6 +128,16 @@ def read_settings(directory: pathlib.Path) -> Settings:
   token_map = files.read_json(directory / 'special_tokens_map.json')
   model = files.read_json(directory / 'config.json')
   generation = files.read_json(directory / GENERATION_FILE)
+  asked = {
+    name: generation[name]
+    for name, neutral in _NOT_DONE.items()
+    if generation.get(name) not in (None, [], neutral)
+  }
+  if asked:
+    warnings.warn(
+      f'{directory / GENERATION_FILE} asks for {asked}, which decoding here'
+      ' does not do.'
+    )
   names = {}
   for source, name in ((token_map, 'special_tokens_map.json'), (config, '')):
     where = directory / (name or CONFIG_FILE)

@@ -5,6 +5,8 @@ import dataclasses
 from flax import linen as nn
 import jax
 import pytest
+import torch
+import transformers
 
 from calm_jax import trees
 from calm_jax.models import (
@@ -132,6 +134,10 @@ LLAMA3 = {
   [
     ({'rope_type': 'default'}, None),
     ({'type': 'linear', 'factor': 2}, layers.RopeScaling('linear', 2.0)),
+    (
+      {**YARN, 'type': 'linear', 'partial_rotary_factor': 1},
+      layers.RopeScaling('linear', 4.0),
+    ),
     (
       {'type': 'dynamic', 'factor': 2.0},
       layers.RopeScaling('dynamic', 2.0, original_length=256),
@@ -322,6 +328,9 @@ def test_no_value_of_a_field_is_another_kind_of_error(model_type):
     ({}, 'model_type = None is not known; expected one of'),
     ({'model_type': ['llama']}, 'is not known'),
     ({'model_type': 'lama'}, "Did you mean 'llama'"),
+    ({'model_type': 'Gemma-2'}, "Did you mean 'gemma2'"),
+    ({'model_type': 'mixtral'}, "'calm_jax', our own.$"),
+    ({'model_type': 'mistral3'}, "'calm_jax', our own.$"),
     ({'model_type': 'umt5'}, 'umT5 has a relative-position bias in each layer'),
     ({'model_type': 'gemma3'}, 'text_config = None: expected an object'),
     ({'model_type': 'gemma3', 'text_config': []}, r'text_config = \[\]'),
@@ -359,6 +368,34 @@ def test_export_of_gemma3_is_its_text_model():
   fields = families.config_to(config, model_type='gemma3')
   assert fields['model_type'] == 'gemma3_text'
   assert families.config_from(fields, where='') == config
+
+
+@pytest.mark.parametrize('model_type', ['gemma2', 'gemma3_text'])
+def test_export_of_a_gemma_whose_layers_all_see_everything(model_type):
+  """transformers makes the mask of sliding layers even if there are none."""
+  config = read(
+    model_type, layer_types=[FULL] * 4, hidden_activation='gelu', head_dim=8
+  )
+  assert config.windows == (None,) * 4 and config.activation == 'gelu'
+  fields = families.config_to(config, model_type=model_type)
+  assert fields['sliding_window'] == 4096 and 'hidden_act' not in fields
+  theirs = transformers.AutoConfig.for_model(**fields)
+  torch.manual_seed(0)
+  model = transformers.AutoModelForCausalLM.from_config(theirs)
+  assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+@pytest.mark.parametrize('tied', [None, True, False])
+@pytest.mark.parametrize('inner', [None, True, False])
+def test_the_whole_of_gemma3_says_whether_it_is_tied(tied, inner):
+  text = {**DECODER, 'model_type': 'gemma3_text', 'head_dim': 8}
+  if inner is not None:
+    text['tie_word_embeddings'] = inner
+  fields = {'model_type': 'gemma3', 'text_config': text}
+  if tied is not None:
+    fields['tie_word_embeddings'] = tied
+  config = families.config_from(fields, where='config.json')
+  assert config.tie_embeddings == (tied is not False)
 
 
 # --- Names -------------------------------------------------------------------

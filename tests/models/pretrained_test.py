@@ -76,6 +76,18 @@ def test_what_was_written_is_read(good, one_device):
   assert trees.digests(loaded.params) == trees.digests(PARAMS)
 
 
+def test_weights_are_written_last(tmp_path):
+  """A job is taken for finished when its weights are there."""
+
+  class Full:
+    def save(self, directory):
+      raise OSError('no space left')
+
+  with pytest.raises(OSError, match='no space left'):
+    write(tmp_path, vocabulary=Full())
+  assert not list(tmp_path.glob('*.safetensors*'))
+
+
 def test_storage_and_parameter_dtypes(tmp_path, one_device):
   write(tmp_path, storage_dtype='bfloat16')
   params, _ = pretrained.read_weights(tmp_path)

@@ -233,6 +233,19 @@ def test_several_ends_and_ids_from_the_model(tmp_path):
   assert (again.eos_ids, again.pad_id) == ((570, 569, 571), 572)
 
 
+def test_what_decoding_does_not_do_is_told(tmp_path):
+  asked = {
+    'eos_token_id': 569,
+    'repetition_penalty': 1.1,
+    'min_length': 0,
+    'suppress_tokens': [],
+  }
+  with pytest.warns(
+    UserWarning, match="asks for {'repetition_penalty': 1.1}, "
+  ):
+    _llama3(tmp_path, {'generation_config.json': asked})
+
+
 @pytest.mark.parametrize(
   'files',
   [
