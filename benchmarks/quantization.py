@@ -85,7 +85,7 @@ def log_probs(
   bos = [] if vocabulary.bos_id is None else [vocabulary.bos_id]
   rows = [bos + row for row in vocabulary.encode_batch(texts)]
   lengths_B = np.array([len(row) for row in rows])
-  tokens_BT = np.full((len(rows), lengths_B.max()), vocabulary.pad_id, np.int32)
+  tokens_BT = np.zeros((len(rows), lengths_B.max()), np.int32)
   for row, tokens in zip(tokens_BT, rows, strict=True):
     row[: len(tokens)] = tokens
   # What pads a row on the right is read by no position before it.

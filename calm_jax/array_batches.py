@@ -92,9 +92,7 @@ def npz_batches(
   except (OSError, ValueError) as error:
     raise ValueError(f'{path!r} cannot be read as .npz: {error}.') from error
   lengths = dict.fromkeys(readers or {}, 1)
-  wanted = set(
-    batches.empty_batch((1, 1), pad_id=0, augmenting_lengths=lengths)
-  )
+  wanted = set(batches.empty_batch((1, 1), augmenting_lengths=lengths))
   if set(rows) != wanted:
     raise ValueError(
       f'{path!r} holds the arrays {sorted(rows)}; a batch has {sorted(wanted)}.'

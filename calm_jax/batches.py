@@ -9,7 +9,8 @@ missing. A batch is a dict of arrays of shape [B, T] with T5X's keys:
   decoder_segment_ids    int32    0 = padding, segments count from 1
   decoder_loss_weights   float32  1 where the predicted token is a target
 
-Which slot is real follows from the segment ids, never from a token id. An
+Which slot is real follows from the segment ids, never from a token id; the rest
+is 0, which every table has, whatever a vocabulary pads with. An
 augmenting model called x that has a vocabulary of its own adds [B, S] arrays:
 
   x_input_tokens, x_positions, x_segment_ids   int32    as above
@@ -61,7 +62,6 @@ class ExampleBatches:
     length: int,
     pack: bool,
     bos_id: int | None,
-    pad_id: int | None,
     truncate: str = 'error',
     targets_per_row: int | None = None,
     augmenting_lengths: Mapping[str, int] | None = None,
@@ -75,7 +75,6 @@ class ExampleBatches:
       length: T, slots in a row. A sequence of n tokens with BOS takes n - 1.
       pack: whether a row may hold several examples.
       bos_id: what every sequence begins with, or None.
-      pad_id: what fills the slots of no segment; None is 0.
       truncate: 'error', or 'skip' to leave out and count what is too long.
       targets_per_row: how many supervised positions a row may have; None is
         all of them.
@@ -92,7 +91,6 @@ class ExampleBatches:
     self._shape = (batch_size, length)
     self._pack = pack
     self._bos = [] if bos_id is None else [bos_id]
-    self._pad_id = pad_id or 0
     self._truncate = truncate
     self._targets_per_row = targets_per_row or length
     self._augmenting_lengths = dict(augmenting_lengths or {})
@@ -114,9 +112,7 @@ class ExampleBatches:
   def next_rows(self) -> Batch:
     """Returns the next batch, be it of padding alone, or without a target."""
     batch = empty_batch(
-      self._shape,
-      pad_id=self._pad_id,
-      augmenting_lengths=self._augmenting_lengths,
+      self._shape, augmenting_lengths=self._augmenting_lengths
     )
     for row in range(self._shape[0]):
       self._fill(row, batch)
@@ -246,7 +242,6 @@ def tokenize(
 def empty_batch(
   shape: tuple[int, int],
   *,
-  pad_id: int,
   augmenting_lengths: Mapping[str, int] | None = None,
 ) -> Batch:
   """Returns a batch [B, T] of padding, and [B, S] by name."""
@@ -254,8 +249,6 @@ def empty_batch(
     f'decoder_{name}': np.zeros(shape, np.int32)
     for name in ('input_tokens', 'target_tokens', 'positions', 'segment_ids')
   }
-  batch['decoder_input_tokens'][:] = pad_id
-  batch['decoder_target_tokens'][:] = pad_id
   batch['decoder_loss_weights'] = np.zeros(shape, np.float32)
   for name, length in (augmenting_lengths or {}).items():
     for field in ('input_tokens', 'positions', 'segment_ids', 'visible_from'):
@@ -296,16 +289,14 @@ def blank(
   """
   del run
   length, augmenting = row_lengths(task_feature_lengths, readers)
-  return empty_batch(
-    (batch_size, length), pad_id=0, augmenting_lengths=augmenting
-  )
+  return empty_batch((batch_size, length), augmenting_lengths=augmenting)
 
 
 def augmenting_arrays(name: str, readings: Sequence[Reading]) -> Batch:
   """Returns the arrays [B, S] of what one model reads of B unpacked rows."""
   length = max(1, *(len(ids) for ids, _ in readings))
   shape = len(readings), 1
-  batch = empty_batch(shape, pad_id=0, augmenting_lengths={name: length})
+  batch = empty_batch(shape, augmenting_lengths={name: length})
   batch = {
     key: rows for key, rows in batch.items() if key.startswith(f'{name}_')
   }
@@ -362,14 +353,14 @@ def pad_prompts(
   prompts: Sequence[Sequence[int]],
   *,
   length: int | None = None,
-  pad_id: int | None,
+  fill: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Pads prompts on the right.
 
   Args:
     prompts: B lists of ids.
     length: T; None is the longest prompt's length.
-    pad_id: what fills the rest; None is 0.
+    fill: what fills the rest, which nothing reads.
 
   Returns:
     tokens_BT, int32, and lengths_B, int32.
@@ -385,7 +376,7 @@ def pad_prompts(
       f'Prompt {lengths_B.argmax()} has {longest} tokens, more than the '
       f'{length} allowed; shorten it, or raise the length.'
     )
-  tokens_BT = np.full((len(prompts), length), pad_id or 0, np.int32)
+  tokens_BT = np.full((len(prompts), length), fill, np.int32)
   for row, prompt in zip(tokens_BT, prompts, strict=True):
     row[: len(prompt)] = prompt
   return tokens_BT, lengths_B

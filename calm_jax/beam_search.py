@@ -127,7 +127,8 @@ def _choose(
   # Those that end are set aside, if they are among the best K of all.
   is_done_B1 = state.ended_B.reshape(B, K)[:, :1]
   counts_BC = ends_BC & (jnp.arange(C) < K)[None] & ~is_done_B1
-  final_BC = scores_BC / length**config.length_penalty
+  divisor = length.astype(jnp.float32) ** float(config.length_penalty)
+  final_BC = scores_BC / divisor
   aside_scores_BX = jnp.concatenate(
     [state.aside_scores_BK, jnp.where(counts_BC, final_BC, _WORST)], axis=1
   )
@@ -139,7 +140,7 @@ def _choose(
   scores_BK, on_BK = jax.lax.top_k(jnp.where(ends_BC, _WORST, scores_BC), K)
   rows_R = jnp.take_along_axis(rows_BC, on_BK, axis=1).reshape(B * K)
   tokens_BKM = jnp.take_along_axis(tokens_BCM, on_BK[..., None], axis=1)
-  best_B1 = scores_BK[:, :1] / length**config.length_penalty
+  best_B1 = scores_BK[:, :1] / divisor
   is_full_B1 = aside_scores_BK[:, -1:] > _WORST
   is_done_B1 |= is_full_B1 & (best_B1 <= aside_scores_BK[:, -1:]) | is_last
   live = state.live

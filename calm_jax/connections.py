@@ -232,7 +232,9 @@ class CompositionConfig:
 
   def split_heads(self, anchor: TransformerConfig) -> int:
     """Returns the number of heads; raises ValueError if they do not divide."""
-    heads = self.num_heads or anchor.num_heads
+    heads = anchor.num_heads if self.num_heads is None else self.num_heads
+    if heads < 1:
+      raise ValueError(f'num_heads = {heads}: it must be at least 1.')
     head_dim, rest = divmod(anchor.embed_dim, heads)
     if rest or (self.position_encoding == 'rotary' and head_dim % 2):
       raise ValueError(

@@ -100,7 +100,6 @@ def seqio_batches(
       length=length,
       pack=pack,
       bos_id=_bos_id(features_vocabulary),
-      pad_id=features_vocabulary.pad_id,
       truncate=truncate,
       targets_per_row=targets_per_row,
       augmenting_lengths=augmenting_lengths,

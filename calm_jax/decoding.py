@@ -81,7 +81,10 @@ def prefill(
     slots[name] += room * tokens_VR.shape[1]
     is_token_BS = augmenting[name].visible_from_BS < masks.NEVER
     used_B[name] = jnp.sum(is_token_BS, axis=1, dtype=jnp.int32)
-  cache = model.empty_cache(batch=B, slots=T + room, augmenting_slots=slots)
+  length, limit = T + room, longest_text(model)
+  if limit is not None and length > limit:
+    length -= 1  # the last token is not read
+  cache = model.empty_cache(batch=B, slots=length, augmenting_slots=slots)
   logits_B1V, cache = model.extend(
     params,
     tokens_BT,
@@ -221,6 +224,12 @@ def readable_size(model: ComposedLM) -> int:
   return min(tower.config.vocab_size for tower in model.token_readers)
 
 
+def longest_text(model: ComposedLM) -> int | None:
+  """Returns how many of the anchor's tokens a model can read; None is all."""
+  limits = [tower.config.longest for tower in model.token_readers]
+  return min((one for one in limits if one is not None), default=None)
+
+
 def _choose(
   state: DecodeState,
   logits_BV: Array,
@@ -309,7 +318,8 @@ class Scores:
   """How likely the targets of each row are.
 
   Attributes:
-    log_likelihood_B: float32, in nats, summed over the row's targets.
+    log_likelihood_B: float32, in nats, summed over the row's targets; of all
+      tokens that can be said, see `readable_size`.
     count_B: int32, how many targets a row has.
     is_greedy_B: bool, whether each target is the likeliest token.
   """
@@ -324,14 +334,15 @@ def score_batch(params: Params, batch: Batch, *, model: ComposedLM) -> Scores:
 
   The target of a position counts where `decoder_loss_weights` is not 0.
   """
-  logits_BTV = model(params, batch).astype(jnp.float32)
+  logits_BTV = model(params, batch)[..., : readable_size(model)]
+  logits_BTV = logits_BTV.astype(jnp.float32)
   targets_BT = batch['decoder_target_tokens']
   is_target_BT = batch['decoder_loss_weights'] > 0
   chances_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
-  chance_BT = jnp.take_along_axis(chances_BTV, targets_BT[..., None], axis=-1)
+  chance_BT1 = jnp.take_along_axis(chances_BTV, targets_BT[..., None], axis=-1)
   is_likeliest_BT = jnp.argmax(logits_BTV, axis=-1) == targets_BT
   return Scores(
-    log_likelihood_B=jnp.sum(chance_BT[..., 0] * is_target_BT, axis=1),
+    log_likelihood_B=jnp.sum(chance_BT1[..., 0], axis=1, where=is_target_BT),
     count_B=jnp.sum(is_target_BT, axis=1, dtype=jnp.int32),
     is_greedy_B=jnp.all(is_likeliest_BT | ~is_target_BT, axis=1),
   )

@@ -85,6 +85,15 @@ class SeqIOTask:
     dataset = _find(self.name).get_dataset(
       sequence_length=None, split=split, shuffle=False
     )
+    missing = {'inputs_pretokenized', 'targets_pretokenized'} - {
+      *dataset.element_spec
+    }
+    if missing:
+      raise ValueError(
+        f'The SeqIO task {self.name!r} has no {sorted(missing)}, and its texts'
+        ' are read from there. Let its preprocessors end in'
+        ' seqio.preprocessors.tokenize with copy_pretokenized=True.'
+      )
     return [
       {
         'inputs': _text(example['inputs_pretokenized']),
@@ -118,7 +127,13 @@ class SeqIOTask:
     measured: dict[str, Any] = {}
     for metric_fn in task.predict_metric_fns:
       measured |= metric_fn(targets, first)
-    return {name: float(value) for name, value in measured.items()}
+    return {name: _plain_metric(value) for name, value in measured.items()}
+
+
+def _plain_metric(value: Any) -> float | str:
+  """Returns a number or text of what a SeqIO metric may return."""
+  value = getattr(value, 'value', getattr(value, 'textdata', value))
+  return _text(value) if isinstance(value, str | bytes) else float(value)
 
 
 def _find(name: str) -> Any:
@@ -138,6 +153,11 @@ def _find(name: str) -> Any:
       ' evaluated. Choose another, or register it with metric_fns.'
     )
   return task
+
+
+def _of_numpy(value: Any) -> Any:
+  """Returns what JSON can hold of a prediction that numpy has made."""
+  return value.tolist() if hasattr(value, 'tolist') else str(value)
 
 
 def _text(value: Any) -> str:
@@ -173,7 +193,7 @@ class Evaluator:
       if names.count(name) > 1:
         raise ValueError(
           f'Two tasks are called {name!r}, and would share a folder. Leave one'
-          ' out, or name it.'
+          ' out, or give it a name of its own (`called`).'
         )
     for task in self.tasks:
       for split in task.eval_splits:
@@ -257,7 +277,8 @@ class Evaluator:
           'outputs': [one.text for one in each],
           'predictions': read,
         }
-        file.write(json.dumps(row, ensure_ascii=False) + '\n')
+        text = json.dumps(row, ensure_ascii=False, default=_of_numpy)
+        file.write(text + '\n')
     measured = {'num_examples': len(examples)}
     measured |= task.metrics(examples, predictions)
     text = json.dumps(measured, indent=2)

@@ -26,14 +26,11 @@ class PrefixLMFeatureConverter(seqio.FeatureConverter):
   }
   PACKING_FEATURE_DTYPES = None
 
-  def __init__(
-    self, *, bos_id: int | None = None, pad_id: int = 0, pack: bool = False
-  ):
+  def __init__(self, *, bos_id: int | None = None, pack: bool = False):
     """Initialises the converter.
 
     Args:
       bos_id: what every sequence begins with, or None.
-      pad_id: what fills the slots of no segment.
       pack: must be False.
     """
     if pack:
@@ -42,7 +39,6 @@ class PrefixLMFeatureConverter(seqio.FeatureConverter):
         'vocabularies; use calm_jax.data.seqio_batches(..., pack=True).'
       )
     super().__init__(pack=False, bos_id=bos_id)
-    self._pad_id = pad_id
 
   def _convert_features(
     self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
@@ -55,15 +51,13 @@ class PrefixLMFeatureConverter(seqio.FeatureConverter):
       sequence = tf.concat([prefix, example['targets']], 0)
       positions = tf.range(tf.maximum(tf.size(sequence) - 1, 0))
 
-      def pad(values, fill=0):
-        values = tf.pad(
-          values, [[0, length - tf.size(values)]], constant_values=fill
-        )
+      def pad(values):
+        values = tf.pad(values, [[0, length - tf.size(values)]])
         return tf.ensure_shape(values, [length])
 
       return {
-        'decoder_input_tokens': pad(sequence[:-1], self._pad_id),
-        'decoder_target_tokens': pad(sequence[1:], self._pad_id),
+        'decoder_input_tokens': pad(sequence[:-1]),
+        'decoder_target_tokens': pad(sequence[1:]),
         'decoder_positions': pad(positions),
         'decoder_segment_ids': pad(tf.ones_like(positions)),
         'decoder_loss_weights': pad(

@@ -122,7 +122,7 @@ class Generator:
     check_count('max_new_tokens', max_new_tokens)
     if batch_size is not None:
       check_count('batch_size', batch_size)
-    if isinstance(stop, str) or not all(stop):
+    if stop is None or isinstance(stop, str) or not all(stop):
       raise ValueError(
         f'stop = {stop!r}: give a list of texts, none of them empty.'
       )
@@ -143,7 +143,7 @@ class Generator:
           name: [of_prompts[i] for i in filled]
           for name, of_prompts in (readings or {}).items()
         },
-        seeds_BN=_seeds([seeds[i] for i in filled], each),
+        seeds_BN=_seeds(config.seed, [seeds[i] for i in filled], each),
         max_new_tokens=max_new_tokens,
         stop=stop,
         config=config,
@@ -164,11 +164,12 @@ class Generator:
     config: DecodingConfig,
   ) -> list[list[Continuation]]:
     """Decodes one batch."""
-    start, advance = self._compiled(config)
-    limit = longest_text(self._model)
-    before = None if limit is None else limit - max_new_tokens
-    tokens_BT, lengths_B = pad(prompts, self._vocabulary.pad_id, limit=before)
-    after = None if limit is None else limit - tokens_BT.shape[1]
+    # `seeds_BN` has the seed: another one needs no other program.
+    start, advance = self._compiled(dataclasses.replace(config, seed=0))
+    limit = decoding.longest_text(self._model)  # the last token is not read
+    before = None if limit is None else limit + 1 - max_new_tokens
+    tokens_BT, lengths_B = pad(prompts, limit=before)
+    after = None if limit is None else limit + 1 - tokens_BT.shape[1]
     state = start(
       params,
       tokens_BT,
@@ -282,43 +283,38 @@ def round_up(
   return size if limit is None or size <= limit else length
 
 
-def longest_text(model: ComposedLM) -> int | None:
-  """Returns how many of the anchor's tokens a model can read; None is all."""
-  limits = [tower.config.longest for tower in model.token_readers]
-  return min((one for one in limits if one is not None), default=None)
-
-
 def pad(
   prompts: Sequence[Sequence[int]],
-  pad_id: int | None,
   *,
+  fill: int = 0,
   limit: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Pads prompts on the right, to a length of few; see `round_up`."""
   longest = max(1, *map(len, prompts))  # a model without BOS may read nothing
   length = round_up(longest, limit=limit)
-  return batches.pad_prompts(prompts, length=length, pad_id=pad_id)
+  return batches.pad_prompts(prompts, length=length, fill=fill)
 
 
 def pad_readings(readings: Sequence[Reading]) -> AugmentingTokens:
   """Pads what one augmenting model reads of prompts."""
-  tokens_BS, _ = pad([ids for ids, _ in readings], None)
-  visible_from_BS, _ = pad([visible for _, visible in readings], masks.NEVER)
+  tokens_BS, _ = pad([ids for ids, _ in readings])
+  visible_from_BS, _ = pad(
+    [visible for _, visible in readings], fill=masks.NEVER
+  )
   positions_BS = np.broadcast_to(
     np.arange(tokens_BS.shape[1], dtype=np.int32), tokens_BS.shape
   )
   return AugmentingTokens(tokens_BS, positions_BS, visible_from_BS)
 
 
-def _seeds(seeds: Sequence[int], samples: int) -> np.ndarray:
+def _seeds(seed: int, of_prompts: Sequence[int], samples: int) -> np.ndarray:
   """Returns a seed for each sample of each prompt, uint32 [B, N]."""
+
+  def mixed(*parts):
+    whole = [part % 2**64 for part in parts]  # a seed may be negative
+    return np.random.SeedSequence(whole).generate_state(1)[0]
+
   return np.array(
-    [
-      [
-        np.random.SeedSequence((seed, n)).generate_state(1)[0]
-        for n in range(samples)
-      ]
-      for seed in seeds
-    ],
+    [[mixed(seed, one, n) for n in range(samples)] for one in of_prompts],
     np.uint32,
   )

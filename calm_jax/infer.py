@@ -77,6 +77,8 @@ def infer(
   """
   if batch_size < 1:
     raise ValueError(f'batch_size = {batch_size}: it must be at least 1.')
+  input_file = os.path.expanduser(input_file)
+  output_file = os.path.expanduser(output_file)
   total = None
   wanted = ('inputs', 'targets') if mode == 'score' else ('inputs',)
   _check_files(input_file, output_file)
@@ -154,7 +156,13 @@ def _stream(
   begun = shown = time.monotonic()
   of_all = '' if total is None else f'/{total}'
   while chunk := list(itertools.islice(rows, batch_size)):
-    answers, new_tokens = answer(chunk, done + count)
+    try:
+      answers, new_tokens = answer(chunk, done + count)
+    except ValueError as error:
+      first = done + count + 1
+      raise ValueError(
+        f'In the rows {first} to {first + len(chunk) - 1}: {error}'
+      ) from error
     for row, one in zip(chunk, answers, strict=True):
       line = json.dumps({**row, **one}, ensure_ascii=False)
       target.write(line + '\n')
@@ -288,6 +296,10 @@ def _rows(source: BinaryIO, wanted: Sequence[str]) -> Iterator[dict]:
         raise ValueError(
           f'Line {number} must be an object with a text "{name}", like'
           ' {"inputs": "abc + def ="}.'
+        )
+      if name == 'targets' and not row[name]:
+        raise ValueError(
+          f'Line {number} has empty "targets": there is nothing to score.'
         )
     yield row
 

@@ -120,8 +120,11 @@ def run(chains: Iterable[Sequence[Job]], *, at_once: int | None = None) -> None:
       accelerator want it alone: 1.
 
   Raises:
+    ValueError: if `at_once` is no such number.
     JobError: as soon as one has failed.
   """
+  if at_once is not None and at_once < 1:
+    raise ValueError(f'at_once = {at_once}: it must be at least 1.')
   waiting = []
   for chain in chains:
     for job in chain:

@@ -180,9 +180,10 @@ class Log:
       wait_seconds: total time spent waiting for data so far.
       skipped_examples: how many were left out of the data so far.
     """
-    values = {f'train/{k}': float(v) for k, v in measured.items()}
     # JSON has no NaN: of a refused step there is no loss, and `applied` is 0.
-    values = {k: v for k, v in values.items() if np.isfinite(v)}
+    values = {
+      f'train/{k}': float(v) for k, v in measured.items() if np.isfinite(v)
+    }
     values['train/learning_rate'] = float(self._schedule(step - 1))
     values['train/flops_per_step'] = self._flops
     values |= self._rates(step, wait_seconds)
@@ -214,7 +215,7 @@ class Log:
       f'eval/{task}/{name}': value
       for task, measured in evaluated.items()
       for name, value in measured.items()
-      if not isinstance(value, str)
+      if not isinstance(value, str) and np.isfinite(value)
     }
     self._store(step, values)
     self.flush()

@@ -228,7 +228,9 @@ class Model:
       )
       self._check_ids([*ids, *target], what=f'The prompt {prompt[:60]!r}')
       examples.append({'inputs': ids, 'targets': list(target), 'text': text})
-    return self._scorer(self.params, examples, batch_size=batch_size)
+    scores = self._scorer(self.params, examples, batch_size=batch_size)
+    self._warn_of_cuts([example['targets'][:-1] for example in examples])
+    return scores
 
   def _read(
     self, prompts: Sequence[str]
@@ -276,10 +278,14 @@ class Model:
   def describe(self) -> str:
     """Returns the connections, and how much is trained of how much."""
     trainable = 'composition' if self.composed.connections else 'anchor'
+    if self.composed.lora is not None:
+      trainable = 'lora'
     return metrics.describe(self.composed, self.params, trainable=trainable)
 
   def disconnected(self) -> 'Model':
     """Returns the model with each connection's W_O at zero, as a control."""
+    if not self.composed.connections:
+      raise ValueError('This model has no composition to disconnect.')
     theta = {
       key: {**one, 'out': jax.tree.map(jnp.zeros_like, one['out'])}
       for key, one in self.params['composition'].items()

@@ -1,14 +1,13 @@
 """Which token comes next: the likeliest, or one that is drawn."""
 
 import dataclasses
+import math
 import numbers
 
 import jax
 import jax.numpy as jnp
 
 from calm_jax.array_types import Array
-
-_NEVER = -1e30  # the logit of what is not drawn
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,8 +25,9 @@ class DecodingConfig:
       likeliest (beam search); nothing is drawn.
     length_penalty: a finished beam's log-likelihood is divided by its length in
       tokens, EOS included, to this power.
-    seed: of what is drawn. The same seed, prompt and shapes give the same
-      continuation, whatever else is in the batch.
+    seed: of what is drawn. The same seed, prompt, place of the prompt in the
+      list, and shapes give the same continuation, whatever else is in the
+      batch.
   """
 
   temperature: float = 0.0
@@ -61,6 +61,7 @@ class DecodingConfig:
     check('top_p', 0 < self.top_p <= 1, 'above 0, and at most 1')
     check('num_samples', self.num_samples >= 1, 'at least 1')
     check('num_beams', self.num_beams >= 1, 'at least 1')
+    check('length_penalty', math.isfinite(self.length_penalty), 'finite')
     if self.num_beams > 1:
       drawn = self.temperature or self.top_k is not None or self.top_p < 1
       if drawn or self.num_samples > self.num_beams:
@@ -92,6 +93,7 @@ def choose(
   logits_BV = logits_BV.astype(jnp.float32)
   if not config.temperature:
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+  logits_BV -= jnp.max(logits_BV, axis=-1, keepdims=True)  # a tiny divisor
   logits_BV = _likeliest(logits_BV / config.temperature, config)
 
   def draw(seed, logits_V):
@@ -105,7 +107,7 @@ def _likeliest(logits_BV: Array, config: DecodingConfig) -> Array:
   """Masks what `top_k` and `top_p` leave out; ties with the last kept stay."""
   if config.top_k is not None and config.top_k < logits_BV.shape[-1]:
     least_B1 = jax.lax.top_k(logits_BV, config.top_k)[0][:, -1:]
-    logits_BV = jnp.where(logits_BV < least_B1, _NEVER, logits_BV)
+    logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
   if config.top_p < 1:
     sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
     chances_BV = jax.nn.softmax(sorted_BV, axis=-1)
@@ -113,5 +115,5 @@ def _likeliest(logits_BV: Array, config: DecodingConfig) -> Array:
     kept_B1 = jnp.sum(before_BV < config.top_p, axis=-1, keepdims=True)
     kept_B1 = jnp.maximum(kept_B1, 1)  # a tiny top_p is 0 in float32
     least_B1 = jnp.take_along_axis(sorted_BV, kept_B1 - 1, axis=-1)
-    logits_BV = jnp.where(logits_BV < least_B1, _NEVER, logits_BV)
+    logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
   return logits_BV

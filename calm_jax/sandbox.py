@@ -122,6 +122,12 @@ class Sandbox:
       raise ValueError(
         f'Sandbox.isolation is {self.isolation!r}; it can be {known}.'
       )
+    for name in ('memory', 'processes', 'file_size'):
+      if not isinstance(getattr(self, name), int):
+        raise ValueError(
+          f'Sandbox.{name} is {getattr(self, name)!r}; it must be a whole'
+          ' number.'
+        )
     for name in ('seconds', 'memory', 'processes', 'file_size'):
       if getattr(self, name) <= 0:
         raise ValueError(

@@ -42,7 +42,7 @@ class Scorer:
   ):
     self._vocabulary = vocabulary
     self._readers = dict(readers or {})
-    self._limit = generation.longest_text(model)
+    self._limit = decoding.longest_text(model)
     self._score = jax.jit(functools.partial(decoding.score_batch, model=model))
 
   def __call__(
@@ -72,15 +72,17 @@ class Scorer:
     if batch_size is not None:
       generation.check_count('batch_size', batch_size)
     if self._readers:
-      examples = list(
-        alignment.read_examples(
+      examples = [
+        # Where a token is cut for m_A, as in decoding; the caller warns of it.
+        example | {'too_long': 0}
+        for example in alignment.read_examples(
           examples, self._readers, anchor=self._vocabulary
         )
-      )
+      ]
     if batch_size is None:
       most = generation.round_up(len(examples), smallest=1)
       batch_size = min(generation.BATCH, most)
-    order = sorted(range(len(examples)), key=lambda i: _length(examples[i]))
+    order = sorted(range(len(examples)), key=lambda i: _slots(examples[i]))
     scores: list[Score | None] = [None] * len(examples)
     for first in range(0, len(order), batch_size):
       rows = order[first : first + batch_size]
@@ -104,10 +106,9 @@ class Scorer:
       batches.ExampleBatches(
         lambda start: iter(rows[start:]),
         batch_size=batch_size,
-        length=generation.round_up(max(map(_length, rows)), limit=self._limit),
+        length=generation.round_up(max(map(_slots, rows)), limit=self._limit),
         pack=False,
         bos_id=self._vocabulary.bos_id,
-        pad_id=self._vocabulary.pad_id,
         augmenting_lengths={
           name: generation.round_up(
             max(len(row['readings'][name][0]) for row in rows)
@@ -118,5 +119,6 @@ class Scorer:
     )
 
 
-def _length(example: Mapping[str, Any]) -> int:
-  return len(example['inputs']) + len(example['targets'])
+def _slots(example: Mapping[str, Any]) -> int:
+  """Returns how many tokens are read: all but the last."""
+  return len(example['inputs']) + len(example['targets']) - 1

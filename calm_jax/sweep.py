@@ -7,6 +7,7 @@ A point is a run of its own, with bindings of its own. Run again, a sweep
 continues: what is finished is not run again.
 """
 
+import collections
 from collections.abc import Callable, Mapping, Sequence
 import difflib
 import itertools
@@ -78,15 +79,15 @@ def sweep(
     ValueError: if a configuration is wrong, or a folder holds a run of other
       settings, before anything has run; or if a run has failed.
   """
+  _check(seeds, at_once, compared_task, evaluate_gin_files)
   directory = pathlib.Path(sweep_dir).expanduser()
-  columns: dict[str, list[str]] = {}
-  chains, records = [], {}
+  columns, chains, records = collections.defaultdict(list), [], {}
   for name, settings in combine(points or {}, grid or {}).items():
     for seed in seeds:
       run_dir = directory / f'{name}_seed{seed}'
-      columns.setdefault(name, []).append(str(run_dir))
+      columns[name].append(str(run_dir))
       chosen = {**settings, SEED: seed}
-      taken = {k: chosen[k] for k in (*evaluate_settings, SEED)}
+      taken = {k: chosen[k] for k in (*evaluate_settings, SEED) if k in chosen}
       parts = [('train', gin_files, chosen)]
       if evaluate_gin_files:
         parts.append(('evaluate', evaluate_gin_files, taken))
@@ -108,6 +109,29 @@ def sweep(
     anchor_tasks=anchor_tasks,
     ablation_task=compared_task,
   )
+
+
+def _check(
+  seeds: Sequence[int],
+  at_once: int | None,
+  compared_task: str | None,
+  evaluate_gin_files: Sequence[str],
+) -> None:
+  """Raises ValueError for settings of a sweep that cannot be meant."""
+  if not seeds or len(set(seeds)) < len(seeds):
+    raise ValueError(
+      f'sweep.seeds = {tuple(seeds)}: give at least one, and none twice.'
+    )
+  if at_once is not None and at_once < 1:
+    raise ValueError(
+      f'sweep.at_once = {at_once}: it must be at least 1, or None for one on'
+      ' each core.'
+    )
+  if compared_task and not evaluate_gin_files:
+    raise ValueError(
+      f'sweep.compared_task = {compared_task!r}, and no run would be evaluated:'
+      ' set sweep.evaluate_gin_files, or leave it out.'
+    )
 
 
 def combine(

@@ -217,6 +217,8 @@ def main() -> None:
     seeds = [int(seed) for seed in flags.seeds.split(',')]
   except ValueError:
     parser.error(f'--seeds={flags.seeds} must be integers, such as 0,1,2')
+  if len(set(seeds)) < len(seeds):
+    parser.error(f'--seeds={flags.seeds} names a seed twice')
   out = pathlib.Path(flags.out)
   augmenting, anchor_parts = None, ()
   if flags.from_scratch:

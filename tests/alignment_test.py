@@ -155,7 +155,6 @@ def rows(*texts, length=16, slots=16, readers=None, **settings):
     lambda start: iter(read_all[start:]),
     length=length,
     bos_id=ANCHOR.bos_id,
-    pad_id=None,
     augmenting_lengths={'code': slots},
     **settings,
   )

@@ -35,7 +35,6 @@ def _batches(make_examples=_stream, **kwargs):
     'length': 12,
     'pack': True,
     'bos_id': 7,
-    'pad_id': 8,
   }
   return batches.ExampleBatches(make_examples, **(settings | kwargs))
 
@@ -60,8 +59,8 @@ def test_prefix_lm_layout():
   example = {'inputs': [5, 0], 'targets': [0, 4, 9]}
   batch = next(_of(example, pack=False, length=7))
   assert {k: v.dtype for k, v in batch.items()} == _KEYS
-  assert _row(batch, 'input_tokens') == [7, 5, 0, 0, 4, 8, 8]
-  assert _row(batch, 'target_tokens') == [5, 0, 0, 4, 9, 8, 8]
+  assert _row(batch, 'input_tokens') == [7, 5, 0, 0, 4, 0, 0]
+  assert _row(batch, 'target_tokens') == [5, 0, 0, 4, 9, 0, 0]
   assert _row(batch, 'loss_weights') == [0, 0, 1, 1, 1, 0, 0]
   assert _row(batch, 'positions') == [0, 1, 2, 3, 4, 0, 0]
   assert _row(batch, 'segment_ids') == [1, 1, 1, 1, 1, 0, 0]
@@ -97,8 +96,8 @@ def test_packing_isolates_segments_and_restarts_positions():
   )
   assert _row(batch, 'segment_ids') == [1, 1, 1, 2, 2, 0]
   assert _row(batch, 'positions') == [0, 1, 2, 0, 1, 0]
-  assert _row(batch, 'input_tokens') == [7, 0, 0, 7, 3, 8]
-  assert _row(batch, 'target_tokens') == [0, 0, 9, 3, 9, 8]
+  assert _row(batch, 'input_tokens') == [7, 0, 0, 7, 3, 0]
+  assert _row(batch, 'target_tokens') == [0, 0, 9, 3, 9, 0]
   assert _row(batch, 'loss_weights') == [0, 1, 1, 1, 1, 0]
 
 
@@ -181,7 +180,7 @@ def test_too_long_is_an_error_or_counted():
   with pytest.raises(ValueError, match=r"needs 6 slots .* truncate='skip'"):
     next(_of(long, length=5))
   skipping = _of(long, short, length=5, truncate='skip')
-  assert _row(next(skipping), 'input_tokens') == [7, 1, 8, 8, 8]
+  assert _row(next(skipping), 'input_tokens') == [7, 1, 0, 0, 0]
   assert skipping.skipped == 1
   assert skipping.state() == {'examples': 2, 'skipped': 1}
   with pytest.raises(ValueError, match="'error' or 'skip'"):
@@ -255,14 +254,14 @@ def test_prefetcher_works_ahead_measures_and_closes():
 
 
 def test_pad_prompts():
-  tokens, lengths = batches.pad_prompts([[1, 0], [3, 0, 0]], pad_id=9)
+  tokens, lengths = batches.pad_prompts([[1, 0], [3, 0, 0]], fill=9)
   assert tokens.dtype == lengths.dtype == np.int32
   assert tokens.tolist() == [[1, 0, 9], [3, 0, 0]]
   assert lengths.tolist() == [2, 3]
-  tokens, _ = batches.pad_prompts([[1]], length=2, pad_id=None)
+  tokens, _ = batches.pad_prompts([[1]], length=2)
   assert tokens.tolist() == [[1, 0]]
   with pytest.raises(ValueError, match='Prompt 1 has 3 tokens'):
-    batches.pad_prompts([[1], [1, 2, 3]], length=2, pad_id=0)
+    batches.pad_prompts([[1], [1, 2, 3]], length=2)
 
 
 def test_tokenize_crosses_chunks_and_appends_eos():
@@ -284,7 +283,6 @@ def test_targets_per_row_closes_a_row_before_it_has_too_many():
       length=12,
       pack=True,
       bos_id=None,
-      pad_id=0,
       targets_per_row=limit,
     )
 
@@ -296,7 +294,7 @@ def test_targets_per_row_closes_a_row_before_it_has_too_many():
 
 
 def test_npz_rows_are_batches(tmp_path):
-  rows = batches.empty_batch((4, 6), pad_id=0)
+  rows = batches.empty_batch((4, 6))
   rows['decoder_loss_weights'][:, :3] = 1
   np.savez(tmp_path / 'rows.npz', **rows)
   path = str(tmp_path / 'rows.npz')

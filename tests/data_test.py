@@ -259,7 +259,7 @@ def test_feature_converter_equals_numpy(bos_token):
     output_signature=dict.fromkeys(_LENGTHS, tf.TensorSpec([None], tf.int32)),
   )
   converter = feature_converters.PrefixLMFeatureConverter(
-    bos_id=vocabulary.bos_id, pad_id=vocabulary.pad_id
+    bos_id=vocabulary.bos_id
   )
   converted = converter(dataset, _LENGTHS).batch(3).as_numpy_iterator()
   expected = batches.ExampleBatches(
@@ -268,7 +268,6 @@ def test_feature_converter_equals_numpy(bos_token):
     length=10,
     pack=False,
     bos_id=vocabulary.bos_id,
-    pad_id=vocabulary.pad_id,
   )
   _assert_equal(next(converted), next(expected))
 

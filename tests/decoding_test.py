@@ -88,7 +88,7 @@ def test_each_eos_ends_a_row():
   assert [one.tokens for (one,) in found] == cut
   assert [one.ended for (one,) in found] == [bool(at) for at in ends]
   # In one go, as T5X does it: a row that has ended repeats EOS.
-  tokens_BT, lengths_B = generation.pad(PROMPTS, 7)
+  tokens_BT, lengths_B = generation.pad(PROMPTS)
   out_BM = decoding.predict_batch(
     toys.params(COMPOSED),
     tokens_BT,
@@ -213,7 +213,7 @@ def test_new_lengths_compile_nothing_new():
 
 
 def test_rounding_up_makes_no_text_too_long():
-  """A model whose positions end at 29, with 24 + 5 of them and not 32 + 16."""
+  """A model whose positions end at 29; the last token is not read."""
   ends = dataclasses.replace(
     SMALL,
     rope_scaling=layers.RopeScaling(
@@ -223,7 +223,7 @@ def test_rounding_up_makes_no_text_too_long():
   short = composition.ComposedLM(transformer.DecoderLM(ends))
   free = composition.ComposedLM(transformer.DecoderLM(SMALL))
   params = toys.params(free)
-  for length, new in ((24, 5), (25, 4), (3, 20)):
+  for length, new in ((24, 5), (25, 5), (29, 1), (3, 27)):
     prompts = [tiny.tokens((length,)).tolist()]
     settings = {'max_new_tokens': new, 'batch_size': 1}
     assert generator(short)(params, prompts, **settings) == generator(free)(
@@ -232,7 +232,17 @@ def test_rounding_up_makes_no_text_too_long():
   with pytest.raises(
     ValueError, match='A sequence of 30 positions is longer t'
   ):
-    generator(short)(params, [[1] * 26], max_new_tokens=4, batch_size=1)
+    generator(short)(params, [[1] * 26], max_new_tokens=5, batch_size=1)
+
+
+def test_what_pads_a_row_needs_no_row_in_the_table():
+  """Published vocabularies may pad with an id beyond their model's table."""
+  beyond = toys.IdVocabulary()
+  beyond.pad_id = COMPOSED.anchor.config.vocab_size + 3
+  one = generation.Generator(COMPOSED, vocabulary=beyond)
+  params = toys.params(COMPOSED)
+  found = one(params, PROMPTS, max_new_tokens=NEW, batch_size=2)
+  assert found == decode(COMPOSED, PROMPTS)
 
 
 def test_no_token_is_chosen_that_a_model_has_no_row_for():
@@ -265,6 +275,23 @@ def test_no_token_is_chosen_that_a_model_has_no_row_for():
 
 
 DRAWN = sampling.DecodingConfig(temperature=1.0, num_samples=2)
+
+
+def test_another_seed_draws_another_text_by_the_same_program():
+  fresh = generation.Generator(ALONE, vocabulary=toys.IdVocabulary())
+  settings = {'max_new_tokens': NEW, 'batch_size': 2}
+  found = [
+    fresh(
+      toys.params(ALONE),
+      PROMPTS[:2],
+      config=dataclasses.replace(DRAWN, seed=seed),
+      **settings,
+    )
+    for seed in (0, -1, 2**70 + 5, 0)
+  ]
+  assert found[0] == found[3]
+  assert found[0] != found[1] != found[2] != found[0]
+  assert fresh._compiled.cache_info().currsize == 1
 
 
 @pytest.mark.slow

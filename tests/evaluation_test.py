@@ -2,9 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from calm_jax import evaluation, sampling
+from calm_jax import data, evaluation, sampling
 from calm_jax.generation import Continuation
 from calm_jax.tasks import key_value
 
@@ -71,6 +72,47 @@ def test_an_answer_that_is_not_scored_is_still_written(tmp_path):
     run(answering(lambda prompt: '1'), tmp_path, task)
   (file,) = tmp_path.glob('*/held_out/toy/predictions.jsonl')
   assert len(file.read_text().splitlines()) == 20
+
+
+def test_what_seqio_metrics_and_numpy_return_is_written(tmp_path):
+  """`Scalar` and `Text`, as SeqIO's own evaluator takes them; arrays, NaN."""
+  metrics = data.seqio.metrics
+
+  class Counting(evaluation.SeqIOTask):
+    def prediction(self, output, example):
+      return np.int64(len(output))
+
+    def metrics(self, examples, predictions):
+      found = {
+        'scalar': metrics.Scalar(np.float32(2.5)),
+        'text': metrics.Text(b'abc'),
+        'plain': np.int64(3),
+      }
+      return {k: evaluation._plain_metric(v) for k, v in found.items()}
+
+  task = Counting(name=TASK.name, eval_splits=('held_out',))
+  found, _ = run(answering(lambda prompt: '12'), tmp_path, task)
+  assert found[f'{TASK.name}/held_out'] == {
+    'num_examples': 20,
+    'scalar': 2.5,
+    'text': 'abc',
+    'plain': 3.0,
+  }
+  (file,) = tmp_path.glob('*/held_out/toy/predictions.jsonl')
+  assert json.loads(file.read_text().splitlines()[0])['predictions'] == [2]
+
+
+def test_a_task_without_its_texts_is_named(monkeypatch):
+  class Bare:
+    predict_metric_fns = (len,)
+    splits = ('test',)
+
+    def get_dataset(self, **_):
+      return data.tf.data.Dataset.from_tensors({'inputs': [1], 'targets': [2]})
+
+  monkeypatch.setattr(evaluation, '_find', lambda name: Bare())
+  with pytest.raises(ValueError, match="'x' has no .*copy_pretokenized=True"):
+    evaluation.SeqIOTask(name='x').examples('test')
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,22 @@ def test_a_wrong_line_is_named(line, message, echo, tmp_path):
     run(source, tmp_path / 'out.jsonl')
 
 
+def test_rows_that_the_model_refuses_are_named(echo, tmp_path, monkeypatch):
+  source, target = tmp_path / 'in.jsonl', tmp_path / 'out.jsonl'
+  source.write_text('{"inputs": "a"}\n' * 3 + '{"inputs": ""}\n')
+  decode = type(echo).decode
+
+  def refuse(self, prompts, **how):
+    if not all(prompts):
+      raise ValueError('A prompt is empty')
+    return decode(self, prompts, **how)
+
+  monkeypatch.setattr(type(echo), 'decode', refuse)
+  with pytest.raises(ValueError, match='In the rows 3 to 4: A prompt is empty'):
+    run(source, target)
+  assert len(target.read_text().splitlines()) == 2
+
+
 def test_a_mark_of_byte_order_is_no_text(echo, tmp_path):
   source, target = tmp_path / 'in.jsonl', tmp_path / 'out.jsonl'
   source.write_bytes(b'\xef\xbb\xbf{"inputs": "ab"}\r\n')

@@ -130,6 +130,11 @@ def test_each_core_takes_one_of_several(tmp_path):
       assert alone == (count == 1)
 
 
+def test_at_least_one_runs_at_once():
+  with pytest.raises(ValueError, match='at_once = 0: it must be at least 1'):
+    jobs.run([], at_once=0)
+
+
 def test_progress_is_shown_whoever_tells_it(tmp_path, capsys):
   lines = ['step 1', '[worker 0] step 2', ' 3: Done', '[worker 1] no', '4: no']
   for i, line in enumerate(lines):

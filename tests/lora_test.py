@@ -228,6 +228,8 @@ def test_a_run_with_lora_and_the_same_with_all_of_the_anchor(donors, tmp_path):
       augmenting={},
       systems=['anchor', name],
     )
+  count = trees.num_params(systems['lora'].params['lora'])
+  assert f'trainable params: {count:,} ' in systems['lora'].describe()
   tokens_BT = tiny.tokens((1, 6)) % train_test.VOCAB
   logits = {k: np.asarray(m.logits(tokens_BT)) for k, m in systems.items()}
   assert np.abs(logits['lora'] - logits['anchor']).max() > 1e-4

@@ -80,7 +80,6 @@ def batch_of(*rows, length=24, slots=40, pack=False, batch_size=None):
       length=length,
       pack=pack,
       bos_id=WORDS.bos_id,
-      pad_id=None,
       augmenting_lengths={'code': slots, 'texts': slots},
     )
   )

@@ -175,7 +175,6 @@ def test_blank_batches_are_shaped_as_those_of_a_run():
         length=length,
         pack=True,
         bos_id=2,
-        pad_id=0,
         augmenting_lengths=augmenting,
       )
     )

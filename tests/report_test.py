@@ -335,6 +335,9 @@ def test_runs_that_are_not_evaluated_make_a_page(tmp_path):
   assert 'No run has been evaluated yet.' in page.text
   assert 'The runs are there, and have not been evaluated.' in page.text
   assert 'Not measured' in page.text
+  named = {'ablations': alone, 'ablation_task': KEYS}
+  page, _ = make(tmp_path, alone, **named)
+  assert 'The runs are there, and have not been evaluated.' in page.text
   assert len(page.images) == 1  # the loss
 
 
@@ -393,7 +396,7 @@ def test_a_task_without_any_finite_number_is_a_gap(tmp_path):
   run_dir = write_run(tmp_path / 'x', composed={KEYS: 20.0, SUM: 1.0})
   file = tmp_path / 'x' / 'eval' / 'results.json'
   results = json.loads(file.read_text())
-  results['composed'][SUM] = {'exact_match': float('nan')}
+  results['composed'][SUM] = {'num_examples': 5, 'exact_match': float('nan')}
   file.write_text(json.dumps(results))
   page, _ = make(tmp_path, {'CALM $': (run_dir,), '$\\foo$': (run_dir,)})
   assert f'{SUM} has no finite number in any run.' in page.text

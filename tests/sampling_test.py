@@ -72,6 +72,13 @@ def test_seeds_and_steps_differ():
   assert np.mean(first == other) < 0.1
 
 
+def test_nothing_that_is_masked_is_drawn_however_cold():
+  logits_BV = jnp.array([[-20.0, -21.0, -22.0, -30.0]])
+  config = DecodingConfig(temperature=1e-29, top_k=1)
+  (chosen,) = sampling.choose(logits_BV, jnp.zeros(1, jnp.uint32), 0, config)
+  assert int(chosen) == 0
+
+
 def test_without_temperature_the_likeliest_is_taken():
   chosen = sampling.choose(
     jnp.asarray(LOGITS), jnp.zeros(5, jnp.uint32), 0, DecodingConfig()
@@ -94,6 +101,7 @@ def test_without_temperature_the_likeliest_is_taken():
     ({'temperature': 1.0, 'top_k': 0}, 'top_k = 0: it must be at least 1, or'),
     ({'temperature': 1.0, 'top_p': 0.0}, 'top_p = 0.0: it must be above 0'),
     ({'temperature': 1.0, 'top_p': 1.5}, 'top_p = 1.5'),
+    ({'num_beams': 2, 'length_penalty': float('nan')}, 'nan: it must be fini'),
     ({'num_samples': 0}, 'num_samples = 0: it must be at least 1'),
     ({'num_samples': 2}, 'all samples are the likeliest'),
     ({'top_k': 5}, 'Set a temperature, such as 0.8'),

@@ -1,10 +1,12 @@
 """The log-likelihood of targets. Run: pytest tests/scoring_test.py"""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from calm_jax import model, scoring
-from calm_jax.models import pretrained
+from calm_jax import alignment, composition, model, scoring
+from calm_jax.models import layers, pretrained, transformer
 from tests import own_vocabulary_test as own
 from tests import tiny, toys
 
@@ -56,6 +58,53 @@ def test_what_is_generated_is_greedy(composed):
   for row in rows:
     row[-1] = (row[-1] + 1) % 20
   assert not any(s.is_greedy for s in composed.score(PROMPTS, rows))
+
+
+def test_scores_are_over_the_tokens_that_can_be_said():
+  """Tables are padded to different sizes, and decoding stays in the shorter."""
+  short = dataclasses.replace(tiny.AUGMENTING, num_layers=1, vocab_size=20)
+  anchor = dataclasses.replace(tiny.ANCHOR, tie_embeddings=False)
+  towers = tiny.composed(
+    anchor=anchor,
+    augmenting={'code': short},
+    mapping=[tiny.connection(0, 0)],
+  )
+  params = toys.params(towers)
+  kernel = params['anchor']['head']['kernel'].copy()
+  kernel[:, 20:] *= 100
+  params['anchor']['head']['kernel'] = kernel
+  one = wrap(towers, params, toys.vocabulary(tiny.VOCAB))
+  rows = [one.tokens for (one,) in one.decode(PROMPTS, max_new_tokens=3)]
+  scores = one.score(PROMPTS, rows)
+  assert all(s.is_greedy and s.log_likelihood > -30 for s in scores)
+  with pytest.raises(ValueError, match='embedding table has the rows 0 to 19'):
+    one.score(PROMPTS[:1], [[25]])
+
+
+def test_a_model_whose_positions_end_is_scored_to_the_last_of_them():
+  ends = dataclasses.replace(
+    tiny.ANCHOR,
+    rope_scaling=layers.RopeScaling('dynamic', 2.0, original_length=19),
+  )
+  towers = composition.ComposedLM(transformer.DecoderLM(ends))
+  one = wrap(towers, toys.params(towers), toys.vocabulary(tiny.VOCAB))
+  (score,) = one.score([[1] * 19], [[2]])  # 20 tokens, of which 19 are read
+  assert np.isfinite(score.log_likelihood)
+  with pytest.raises(ValueError, match='20 positions is longer than the 19'):
+    one.score([[1] * 19], [[2, 3]])
+
+
+def test_a_token_that_is_too_long_for_m_a_is_told_and_scored():
+  """As `generate` does; R = 1 cuts every key."""
+  narrow = {
+    **own.READERS,
+    'code': alignment.Reader(own.WORDS, own.CODE, anchor_size=16, most=1),
+  }
+  one = wrap(own.MODEL, own.PARAMS, own.WORDS, narrow)
+  longest = int(np.argmax(own.READERS['code'].transcript.counts_V[:11]))
+  with pytest.warns(UserWarning, match="1 tokens stand for more tokens of 'co"):
+    (score,) = one.score([own.PROMPTS[0]], [[longest, 3]])
+  assert np.isfinite(score.log_likelihood) and score.num_tokens == 2
 
 
 def test_two_vocabularies_and_an_encoder():

@@ -128,6 +128,49 @@ def test_every_run_has_its_flags_and_one_page_compares_them(tmp_path, ran):
   ]
 
 
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'seeds': (3, 3)}, r'seeds = \(3, 3\): give at least one, and none twice'),
+    ({'seeds': ()}, 'give at least one'),
+    ({'at_once': -1}, 'at_once = -1: it must be at least 1, or None'),
+    ({'evaluate_gin_files': ()}, 'compared_task = .*no run would be evaluated'),
+  ],
+)
+def test_settings_that_cannot_be_meant(changes, message, tmp_path, ran):
+  with pytest.raises(ValueError, match=message):
+    sweep.sweep(**settings(tmp_path, **changes))
+  assert not ran
+
+
+def test_a_setting_of_some_points_is_given_to_their_evaluations(tmp_path, ran):
+  points = {
+    'a': {'gin_file': 'ablations/early.gin', 'CONNECTIONS': 1},
+    'b': {
+      'gin_file': 'ablations/early.gin',
+      'CONNECTIONS': 1,
+      'AUGMENTING_WEIGHTS': 'random',
+    },
+  }
+  given = []
+
+  def configure(entry, *read):
+    if entry == 'evaluate':
+      given.append('AUGMENTING_WEIGHTS' in str(read))
+    return gin_setup.config_of(entry, *read)
+
+  sweep.sweep(
+    **settings(
+      tmp_path,
+      points=points,
+      seeds=(3,),
+      evaluate_settings=('AUGMENTING_WEIGHTS',),
+      configure=configure,
+    )
+  )
+  assert given == [False, True]
+
+
 def test_a_second_run_continues_and_other_settings_are_refused(tmp_path, ran):
   sweep.sweep(**settings(tmp_path))
   ran.clear()

@@ -76,7 +76,6 @@ def toy_batches(*, batch_size, vocabulary, **_):
     length=16,
     pack=True,
     bos_id=vocabulary.bos_id,
-    pad_id=vocabulary.pad_id,
   )
 
 

@@ -23,11 +23,13 @@ class Score:
     values: one for each run that has it.
     runs: how many runs should have it.
     examples: on how many examples it was measured, each count once.
+    places: which of the runs the values are of, from 0.
   """
 
   values: tuple[float, ...]
   runs: int = 1
   examples: tuple[int, ...] = ()
+  places: tuple[int, ...] = ()
 
   @property
   def mean(self) -> float:
@@ -76,11 +78,11 @@ def choose_metrics(
         numbers |= dict.fromkeys(
           name for name, v in tasks.get(row, {}).items() if _is_number(v)
         )
-    if not numbers:
-      continue  # nothing finite; `Table.gaps` says so
     scores = [name for name in numbers if name not in COUNTS]
     metric = wanted.get(row, wanted.get(_task(row)))
-    if metric is None and scores:
+    if metric is None and not scores:
+      continue  # nothing finite; `Table.gaps` says so
+    if metric is None:
       metric = scores[0]
     if metric not in numbers:
       raise ValueError(
@@ -93,12 +95,13 @@ def choose_metrics(
 
 def score(runs: Sequence[Run], system: str, row: str, metric: str) -> Score:
   """Gathers one metric of one system; runs that lack it are left out."""
-  found = [run.results.get(system, {}).get(row, {}) for run in runs]
-  found = [one for one in found if _is_number(one.get(metric))]
+  each = [run.results.get(system, {}).get(row, {}) for run in runs]
+  found = {i: one for i, one in enumerate(each) if _is_number(one.get(metric))}
   return Score(
-    values=tuple(float(one[metric]) for one in found),
+    values=tuple(float(one[metric]) for one in found.values()),
     runs=len(runs),
-    examples=_counts(found),
+    examples=_counts(list(found.values())),
+    places=tuple(found),
   )
 
 
@@ -108,7 +111,9 @@ def frozen_score(
   """As `score`; equal values of one frozen model are one value."""
   found = score(runs, system, row, metric)
   if len(set(found.values)) == 1:
-    found = dataclasses.replace(found, values=found.values[:1], runs=1)
+    found = dataclasses.replace(
+      found, values=found.values[:1], places=found.places[:1], runs=1
+    )
   return found
 
 
@@ -269,7 +274,8 @@ class Table:
     lines = [f'| | {" | ".join(heads)} |', f'|---{"|---" * len(heads)}|']
     for name in (*self.plain, *self.names):
       texts = [show(c[name], places=digits(c)) for c in self.cells.values()]
-      lines.append(f'| {" | ".join([name, *texts])} |')
+      shown = name.replace('|', r'\|')
+      lines.append(f'| {" | ".join([shown, *texts])} |')
     return '\n'.join(lines) + '\n'
 
   def csv(self) -> str:
@@ -279,7 +285,7 @@ class Table:
     writer.writerow(['column', 'task', 'metric', 'run', 'value'])
     for row, cells in self.cells.items():
       for name, one in cells.items():
-        for i, value in enumerate(one.values):
+        for i, value in zip(one.places, one.values, strict=True):
           writer.writerow([name, row, self.metrics[row], i, value])
     return text.getvalue()
 

@@ -161,7 +161,7 @@ def ablations(
   if not variants:
     text = 'No runs are compared here (report.ablations).'
     return page.section(title, page.paragraph(text))
-  if task is None:
+  if task not in table.metrics:
     text = 'The runs are there, and have not been evaluated.'
     return page.section(title, page.paragraph(text))
   measured = {
