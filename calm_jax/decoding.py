@@ -338,11 +338,11 @@ def score_batch(params: Params, batch: Batch, *, model: ComposedLM) -> Scores:
   logits_BTV = logits_BTV.astype(jnp.float32)
   targets_BT = batch['decoder_target_tokens']
   is_target_BT = batch['decoder_loss_weights'] > 0
-  chances_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
-  chance_BT1 = jnp.take_along_axis(chances_BTV, targets_BT[..., None], axis=-1)
+  logit_BT1 = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)
+  chance_BT = logit_BT1[..., 0] - jax.nn.logsumexp(logits_BTV, axis=-1)
   is_likeliest_BT = jnp.argmax(logits_BTV, axis=-1) == targets_BT
   return Scores(
-    log_likelihood_B=jnp.sum(chance_BT1[..., 0], axis=1, where=is_target_BT),
+    log_likelihood_B=jnp.sum(chance_BT, axis=1, where=is_target_BT),
     count_B=jnp.sum(is_target_BT, axis=1, dtype=jnp.int32),
     is_greedy_B=jnp.all(is_likeliest_BT | ~is_target_BT, axis=1),
   )
