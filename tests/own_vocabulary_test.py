@@ -160,7 +160,7 @@ def test_logits_through_the_caches_are_close():
     )
     for name, reader in READERS.items()
   }
-  tokens_BT, lengths_B = generation.pad([ids for ids, _ in begun], None)
+  tokens_BT, lengths_B = generation.pad([ids for ids, _ in begun])
   transcript = READERS['code'].transcript
   table = (np.asarray(transcript.tokens_VR), np.asarray(transcript.counts_V))
   tables = {'code': jax.tree.map(jax.numpy.asarray, table)}
