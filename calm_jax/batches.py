@@ -360,7 +360,7 @@ def pad_prompts(
   Args:
     prompts: B lists of ids.
     length: T; None is the longest prompt's length.
-    fill: what fills the rest, which nothing reads.
+    fill: what fills the rest.
 
   Returns:
     tokens_BT, int32, and lengths_B, int32.

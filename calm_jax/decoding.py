@@ -318,8 +318,8 @@ class Scores:
   """How likely the targets of each row are.
 
   Attributes:
-    log_likelihood_B: float32, in nats, summed over the row's targets; of all
-      tokens that can be said, see `readable_size`.
+    log_likelihood_B: float32, in nats, summed over the row's targets; a
+      distribution is over the tokens that can be said, see `readable_size`.
     count_B: int32, how many targets a row has.
     is_greedy_B: bool, whether each target is the likeliest token.
   """

@@ -79,7 +79,7 @@ def sweep(
     ValueError: if a configuration is wrong, or a folder holds a run of other
       settings, before anything has run; or if a run has failed.
   """
-  _check(seeds, at_once, compared_task, evaluate_gin_files)
+  _check(seeds, compared_task, evaluate_gin_files)
   directory = pathlib.Path(sweep_dir).expanduser()
   columns, chains, records = collections.defaultdict(list), [], {}
   for name, settings in combine(points or {}, grid or {}).items():
@@ -113,7 +113,6 @@ def sweep(
 
 def _check(
   seeds: Sequence[int],
-  at_once: int | None,
   compared_task: str | None,
   evaluate_gin_files: Sequence[str],
 ) -> None:
@@ -121,11 +120,6 @@ def _check(
   if not seeds or len(set(seeds)) < len(seeds):
     raise ValueError(
       f'sweep.seeds = {tuple(seeds)}: give at least one, and none twice.'
-    )
-  if at_once is not None and at_once < 1:
-    raise ValueError(
-      f'sweep.at_once = {at_once}: it must be at least 1, or None for one on'
-      ' each core.'
     )
   if compared_task and not evaluate_gin_files:
     raise ValueError(

@@ -87,6 +87,9 @@ def test_a_model_that_nothing_reads():
 def test_heads_must_divide_the_anchor_width():
   with pytest.raises(ValueError, match='width 32 .* num_heads = 5'):
     tiny.composed(num_heads=5)
+  for heads in (0, -2):
+    with pytest.raises(ValueError, match=f'num_heads = {heads}: it must be at'):
+      tiny.composed(num_heads=heads)
 
 
 def test_a_setting_outside_its_choices():

@@ -74,24 +74,26 @@ def test_an_answer_that_is_not_scored_is_still_written(tmp_path):
   assert len(file.read_text().splitlines()) == 20
 
 
-def test_what_seqio_metrics_and_numpy_return_is_written(tmp_path):
-  """`Scalar` and `Text`, as SeqIO's own evaluator takes them; arrays, NaN."""
+def test_what_seqio_metrics_and_numpy_return_is_written(tmp_path, monkeypatch):
+  """`Scalar` and `Text`, as SeqIO's own evaluator takes them."""
   metrics = data.seqio.metrics
 
-  class Counting(evaluation.SeqIOTask):
-    def prediction(self, output, example):
-      return np.int64(len(output))
-
-    def metrics(self, examples, predictions):
-      found = {
+  class Counting:
+    splits = ('held_out',)
+    get_dataset = evaluation._find(TASK.name).get_dataset
+    predict_metric_fns = (
+      lambda targets, predictions: {
         'scalar': metrics.Scalar(np.float32(2.5)),
         'text': metrics.Text(b'abc'),
         'plain': np.int64(3),
-      }
-      return {k: evaluation._plain_metric(v) for k, v in found.items()}
+      },
+    )
 
-  task = Counting(name=TASK.name, eval_splits=('held_out',))
-  found, _ = run(answering(lambda prompt: '12'), tmp_path, task)
+    def postprocess_fn(self, text, **_):
+      return np.int64(len(text))
+
+  monkeypatch.setattr(evaluation, '_find', lambda name: Counting())
+  found, _ = run(answering(lambda prompt: '12'), tmp_path)
   assert found[f'{TASK.name}/held_out'] == {
     'num_examples': 20,
     'scalar': 2.5,

@@ -121,6 +121,17 @@ def test_rows_that_the_model_refuses_are_named(echo, tmp_path, monkeypatch):
   assert len(target.read_text().splitlines()) == 2
 
 
+def test_an_empty_target_is_named_before_a_model_is_loaded(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(evaluate, 'load_systems', lambda **_: 1 / 0)
+  monkeypatch.setenv('HOME', str(tmp_path))
+  rows = [{'inputs': 'a', 'targets': 'b'}, {'inputs': 'a', 'targets': ''}]
+  (tmp_path / 'in.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  with pytest.raises(ValueError, match='Line 2 has empty "targets"'):
+    run('~/in.jsonl', mode='score')
+
+
 def test_a_mark_of_byte_order_is_no_text(echo, tmp_path):
   source, target = tmp_path / 'in.jsonl', tmp_path / 'out.jsonl'
   source.write_bytes(b'\xef\xbb\xbf{"inputs": "ab"}\r\n')

@@ -6,6 +6,7 @@ Run: pytest tests/launch_test.py
 import importlib
 import json
 import pathlib
+import sys
 
 import pytest
 
@@ -39,6 +40,13 @@ def test_finished_stages_of_other_inputs_are_refused(kv_quick, tmp_path):
     kv_quick.refuse_changed([settings], out)
   settings.write_text('A = 1')
   kv_quick.refuse_changed([settings], out)
+
+
+def test_a_seed_is_named_once(kv_quick, monkeypatch, capsys):
+  monkeypatch.setattr(sys, 'argv', ['kv_quick', '--seeds=0,1,0'])
+  with pytest.raises(SystemExit):
+    kv_quick.main()
+  assert '--seeds=0,1,0 names a seed twice' in capsys.readouterr().err
 
 
 def test_donors_that_are_not_shipped_are_trained_first(kv_quick, tmp_path):

@@ -256,6 +256,15 @@ def test_the_page_needs_nothing_but_itself(tmp_path, columns):
     assert coloured.sum() > 100, name
 
 
+def test_a_number_is_listed_with_the_run_that_it_is_of(tmp_path):
+  late = write_run(tmp_path / 'b', composed={SUM: 7.0})
+  columns = {'a|b': (write_run(tmp_path / 'a', composed={KEYS: 1.0}), late)}
+  make(tmp_path, columns, plain={})
+  lines = (tmp_path / 'out' / 'results.csv').read_text().splitlines()
+  assert f'a|b,{SUM},exact_match,1,7.0' in lines
+  assert '| a\\|b |' in (tmp_path / 'out' / 'results.md').read_text()
+
+
 def test_only_more_than_a_deviation_is_a_loss():
   def is_loss(*values):
     return scores.is_loss(scores.Score(values), places=1)

@@ -526,5 +526,9 @@ def test_no_isolation_when_asked_for_by_name(tmp_path):
 def test_what_settings_refuse():
   with pytest.raises(ValueError, match="isolation is 'docker'; it can be"):
     sandbox.Sandbox(isolation='docker')
+  with pytest.raises(
+    ValueError, match='memory is 1000000000.0; it must be a w'
+  ):
+    sandbox.Sandbox(memory=1e9)
   with pytest.raises(ValueError, match='seconds is 0; it must be positive'):
     sandbox.Sandbox(seconds=0)

@@ -140,6 +140,15 @@ def test_nothing_to_score(composed):
         composed.decode(['a1'], **{'max_new_tokens': 1, setting: value})
 
 
+def test_what_cannot_be_asked(composed):
+  with pytest.raises(ValueError, match='stop = None: give a list of texts'):
+    composed.generate(['a1'], stop=None)
+  alone = composition.ComposedLM(composed.composed.anchor)
+  anchor = wrap(alone, composed.params, composed.vocabulary)
+  with pytest.raises(ValueError, match='no composition to disconnect'):
+    anchor.disconnected()
+
+
 def test_without_bos_an_empty_prompt_predicts_nothing():
   """Else the target's first token would be left out of its likelihood."""
   words = toys.IdVocabulary()

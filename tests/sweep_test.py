@@ -133,7 +133,6 @@ def test_every_run_has_its_flags_and_one_page_compares_them(tmp_path, ran):
   [
     ({'seeds': (3, 3)}, r'seeds = \(3, 3\): give at least one, and none twice'),
     ({'seeds': ()}, 'give at least one'),
-    ({'at_once': -1}, 'at_once = -1: it must be at least 1, or None'),
     ({'evaluate_gin_files': ()}, 'compared_task = .*no run would be evaluated'),
   ],
 )
