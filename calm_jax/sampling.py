@@ -93,7 +93,6 @@ def choose(
   logits_BV = logits_BV.astype(jnp.float32)
   if not config.temperature:
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-  logits_BV -= jnp.max(logits_BV, axis=-1, keepdims=True)  # a tiny divisor
   logits_BV = _likeliest(logits_BV / config.temperature, config)
 
   def draw(seed, logits_V):
