@@ -24,6 +24,7 @@ from calm_jax import (
   connections,
   evaluation,
   guards,
+  metrics,
   optimizers,
   sharding,
   train,
@@ -545,6 +546,16 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for(n, donors, tmp_path):
 class Refusing(Shout):
   def check(self, num_samples):
     raise ValueError(f'not {num_samples} samples')
+
+
+def test_a_metric_that_is_no_number_is_not_logged(tmp_path):
+  log = metrics.Log(
+    tmp_path, steps=(0, 2), schedule=lambda _: 0.0, step_flops=lambda _: 0.0
+  )
+  measured = {'exact': float('nan'), 'count': 3, 'signature': 'v1'}
+  log.add(2, {'sums/test': measured}, seconds=0.0)
+  (line,) = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+  assert json.loads(line) == {'step': 2, 'eval/sums/test/count': 3}
 
 
 def test_tasks_are_checked_before_anything_is_written(donors, tmp_path):
